@@ -1,0 +1,1 @@
+"""Tasks: where prompts and verdicts come from. Read `base.py` first."""

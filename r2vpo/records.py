@@ -86,8 +86,7 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         lengths = {
-            name: len(getattr(self, name))
-            for name in ("token_ids_T", "loss_mask_T", "behavior_logprob_T", "version_T")
+            name: len(getattr(self, name)) for name in ("token_ids_T", "loss_mask_T", "behavior_logprob_T", "version_T")
         }
         if len(set(lengths.values())) != 1:
             raise ValueError(f"per-token arrays of a trajectory must share one length, got {lengths}")

@@ -1,0 +1,79 @@
+"""Settings of the learner group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from r2vpo.checks import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerConfig:
+    """The DeepSpeed learner group: how large a step is, and how it is computed."""
+
+    ranks: int = 1
+    """Data-parallel ranks, one Ray actor each."""
+    steps: int = 100
+    """Learner steps of the run."""
+    groups_per_step: int = 32
+    """Groups in one batch, fresh and stale together."""
+    minibatches: int = 4
+    """Optimiser steps per learner step; each sees its share of the batch."""
+    lr: float = 1e-6
+    """Nominal learning rate of AdamW, before warm-up and step control."""
+    warmup_steps: int = 10
+    """Optimiser steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: float = 0.95
+    """Decay of Adam's second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of Adam's second moment."""
+    grad_clip: float = 1.0
+    """Largest norm of a gradient."""
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimiser, 2 also gradients, 3 also parameters."""
+    dtype: str = "auto"
+    """Type the model is trained in: `float32`, `bfloat16`, or `auto` for bfloat16 on GPU and float32 on CPU."""
+    micro_batch_tokens: int = 4096
+    """Tokens packed into one forward pass on one rank; a longer trajectory gets a pass of its own."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    attention: str = "auto"
+    """`sdpa`, `flash_attention_2`, or `auto`: flash attention where it is installed and there is a GPU."""
+    bucket_mb: float = 256.0
+    """Size (MiB) of one bucket of published weights."""
+    checkpoint_every: int = 50
+    """Learner steps between checkpoints; 0 writes only the last one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    num_cpus: float = 1.0
+    """CPUs that Ray reserves per rank."""
+    num_gpus: float | None = None
+    """GPUs that Ray reserves per rank; null is one where Ray has GPUs, else none."""
+    omp_threads: int = 1
+    """CPU threads per rank when it runs on the CPU."""
+    step_timeout_s: float = 1800.0
+    """Seconds a learner step may take."""
+
+    def __post_init__(self) -> None:
+        for key in ("ranks", "steps", "groups_per_step", "minibatches", "micro_batch_tokens", "keep_checkpoints"):
+            require.at_least(f"learner.{key}", getattr(self, key), 1)
+        for key in ("lr", "adam_eps", "grad_clip", "bucket_mb", "step_timeout_s"):
+            require.positive(f"learner.{key}", getattr(self, key))
+        require.at_least("learner.warmup_steps", self.warmup_steps, 0)
+        require.at_least("learner.checkpoint_every", self.checkpoint_every, 0)
+        require.at_least("learner.weight_decay", self.weight_decay, 0.0)
+        require.at_least("learner.omp_threads", self.omp_threads, 1)
+        require.between("learner.adam_beta1", self.adam_beta1, 0.0, 1.0)
+        require.between("learner.adam_beta2", self.adam_beta2, 0.0, 1.0)
+        require.between("learner.zero_stage", self.zero_stage, 0, 3)
+        require.one_of("learner.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        require.one_of("learner.attention", self.attention, ("auto", "sdpa", "flash_attention_2"))
+        if self.minibatches > self.groups_per_step:
+            raise ValueError(
+                f"learner.minibatches={self.minibatches} exceeds learner.groups_per_step={self.groups_per_step}: "
+                "a minibatch needs at least one group; lower minibatches or raise groups_per_step"
+            )

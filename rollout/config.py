@@ -1,0 +1,122 @@
+"""Settings of the task and of the rollout workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from r2vpo.checks import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Where prompts and verdicts come from."""
+
+    name: str = "arithmetic"
+    """`arithmetic` (procedural) or `dataset` (JSONL, Parquet, or a Hugging Face dataset)."""
+    path: str | None = None
+    """Dataset: a .jsonl or .parquet file, or the id of a Hugging Face dataset."""
+    eval_path: str | None = None
+    """Dataset: held-out file for evaluation; null keeps the last `eval_prompts` rows of `path` out of training."""
+    split: str = "train"
+    """Dataset: split of a Hugging Face dataset."""
+    prompt_field: str = "prompt"
+    """Dataset: field with the prompt's text."""
+    truth_field: str = "answer"
+    """Dataset: field with the ground truth."""
+    prompt_template: str = "{prompt}"
+    """Text shown to the policy; `{prompt}` is replaced by the prompt's field."""
+    chat: bool = False
+    """Wrap the prompt as a user message in the tokenizer's chat template."""
+    reward: str | None = None
+    """`module:function` that scores `(response, truth)`; null takes the task's own (dataset: math-verify)."""
+    reward_deadline_s: float = 10.0
+    """Seconds a single verdict may take before its process is killed."""
+    reward_processes: int = 1
+    """Processes per rollout worker that compute verdicts."""
+    eval_prompts: int = 512
+    """Held-out prompts of an evaluation."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of the task itself; arithmetic: `digits`, `num_prompts`."""
+
+    def __post_init__(self) -> None:
+        require.one_of("task.name", self.name, ("arithmetic", "dataset"))
+        require.positive("task.reward_deadline_s", self.reward_deadline_s)
+        require.at_least("task.reward_processes", self.reward_processes, 1)
+        require.at_least("task.eval_prompts", self.eval_prompts, 1)
+        if self.name == "dataset" and not self.path:
+            raise ValueError(
+                "task.name=dataset needs task.path: a .jsonl or .parquet file, or a Hugging Face dataset id"
+            )
+        if self.reward is not None and self.reward.count(":") != 1:
+            raise ValueError(f"task.reward={self.reward} must have the form module:function")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """The rollout workers: how many, how they sample, what each engine may use."""
+
+    workers: int = 1
+    """Rollout workers, each with its own vLLM engine."""
+    group_size: int = 8
+    """Trajectories per prompt."""
+    max_tokens: int = 512
+    """Longest response (tokens); a longer one is cut and counted as `truncated`."""
+    temperature: float = 1.0
+    """Sampling temperature; it is part of the behaviour distribution."""
+    top_p: float = 1.0
+    """Must be 1: nucleus sampling truncates the behaviour distribution and biases the ratio."""
+    top_k: int = 0
+    """Must be 0 (off), for the same reason."""
+    min_p: float = 0.0
+    """Must be 0 (off), for the same reason."""
+    groups_in_flight: int = 8
+    """Groups that one worker generates at the same time."""
+    max_model_len: int = 2048
+    """Longest prompt + response of the engine (tokens)."""
+    dtype: str = "auto"
+    """Type of the engine's weights: `float32`, `bfloat16`, `float16`, or `auto` for that of the model."""
+    kv_cache_gb: float | None = 0.25
+    """GiB of KV cache per engine; null lets vLLM take `gpu_memory_utilization` of the GPU."""
+    gpu_memory_utilization: float = 0.85
+    """Share of the GPU's memory that one engine may use."""
+    tensor_parallel_size: int = 1
+    """GPUs per engine."""
+    enforce_eager: bool = False
+    """Skip compilation and CUDA graphs; always so on CPU."""
+    prefix_caching: bool = False
+    """Share KV between prompts with a common prefix; entries never outlive their weight version."""
+    num_cpus: float = 1.0
+    """CPUs that Ray reserves per worker."""
+    num_gpus: float | None = None
+    """GPUs that Ray reserves per worker; null is one per tensor-parallel rank where Ray has GPUs, else none."""
+    omp_threads: int = 1
+    """CPU threads of an engine that runs on the CPU."""
+    start_timeout_s: float = 600.0
+    """Seconds an engine may take to start."""
+
+    def __post_init__(self) -> None:
+        require.at_least("rollout.workers", self.workers, 1)
+        require.at_least("rollout.max_tokens", self.max_tokens, 1)
+        require.positive("rollout.temperature", self.temperature)
+        require.at_least("rollout.groups_in_flight", self.groups_in_flight, 1)
+        require.one_of("rollout.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        require.at_least("rollout.tensor_parallel_size", self.tensor_parallel_size, 1)
+        require.at_least("rollout.omp_threads", self.omp_threads, 1)
+        require.positive("rollout.start_timeout_s", self.start_timeout_s)
+        if self.group_size < 2:
+            raise ValueError(
+                f"rollout.group_size={self.group_size} gives no group-relative advantage: one has nothing to "
+                "compare with; set rollout.group_size to 2 or more"
+            )
+        for key, value, off in (("top_p", self.top_p, 1.0), ("top_k", self.top_k, 0), ("min_p", self.min_p, 0.0)):
+            if value != off:
+                raise ValueError(
+                    f"rollout.{key}={value} truncates the sampling distribution, and the policy ratio would be biased: "
+                    f"remove it (rollout.{key}={off}) and use rollout.temperature instead"
+                )
+        if self.max_tokens >= self.max_model_len:
+            raise ValueError(
+                f"rollout.max_tokens={self.max_tokens} leaves no room for a prompt in "
+                f"rollout.max_model_len={self.max_model_len}; lower max_tokens or raise max_model_len"
+            )

@@ -308,3 +308,52 @@ class WeightSource(Protocol):
     async def fetch(self, manifest: WeightManifest) -> tuple[memoryview, ...]:
         """The payloads of the manifest's buckets, in order. ``LookupError`` if they have been superseded."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncRecord:
+    """One weight sync of one rollout worker."""
+
+    worker: str
+    version: int
+    fetch_s: float
+    """Seconds to fetch and verify the buckets, while generation went on."""
+    pause_s: float
+    """Seconds during which generation stood still."""
+    canary_gap: float
+    """Largest absolute difference (nats) between the engine's and the learner's log-probs on the canary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Mean reward on held-out prompts under one version."""
+
+    version: int
+    accuracy: float
+    """Mean reward of one sample per prompt at the training temperature."""
+    greedy_accuracy: float
+    """Mean reward of the greedy response."""
+    num_prompts: int
+    """Prompts whose sampled response got a verdict."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutStats:
+    """What one rollout worker did since it started."""
+
+    worker: str
+    version: int
+    """Version of the engine's weights; ``NO_VERSION`` before the first verified sync."""
+    groups: int
+    trajectories: int
+    tokens: int
+    """Sampled tokens."""
+    busy_s: float
+    """Seconds with at least one group in flight."""
+    alive_s: float
+    """Seconds since the worker's first verified sync."""
+    in_flight: int
+    waits_for: str
+    """A sentence saying what the worker waits for; empty while it generates at capacity."""
+    new_syncs: tuple[SyncRecord, ...]
+    """Weight syncs since the worker was last asked."""

@@ -1,0 +1,58 @@
+"""Where the newest weights are announced: the learner posts, rollout workers ask and wait. No Ray here.
+
+The board holds manifests and *references* to payloads (whatever the caller uses to find the bytes), never the bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+from r2vpo.records import WeightManifest
+
+Reference = TypeVar("Reference")
+
+
+class WeightBoard(Generic[Reference]):
+    """The newest versions of the weights; older ones are forgotten, so that their payloads can be freed."""
+
+    def __init__(self, keep: int = 2) -> None:
+        """``keep``: versions that can still be fetched. More than one, or a fetch could be overtaken by a post."""
+        assert keep >= 1
+        self._keep = keep
+        self._posts: dict[int, tuple[WeightManifest, tuple[Reference, ...]]] = {}
+        self._posted = asyncio.Condition()
+
+    async def post(self, manifest: WeightManifest, references: Sequence[Reference]) -> None:
+        """Announce a version. Versions at or above it are forgotten: a learner that resumed has given them up."""
+        assert len(references) == len(manifest.buckets), "one reference per bucket"
+        async with self._posted:
+            kept = {version: post for version, post in self._posts.items() if version < manifest.version}
+            kept[manifest.version] = (manifest, tuple(references))
+            self._posts = {version: kept[version] for version in sorted(kept)[-self._keep :]}
+            self._posted.notify_all()
+
+    async def newest(self, after: int, timeout_s: float) -> WeightManifest | None:
+        """The newest manifest with a version above ``after``; None if there is none within ``timeout_s`` seconds.
+
+        Waits for `post`, and for nothing else.
+        """
+        async with self._posted:
+            try:
+                await asyncio.wait_for(self._posted.wait_for(lambda: self._newest_version() > after), timeout_s)
+            except TimeoutError:
+                return None
+            return self._posts[self._newest_version()][0]
+
+    async def references(self, version: int) -> tuple[Reference, ...]:
+        """The payloads' references of ``version``, in the order of its buckets; ``LookupError`` if it is forgotten."""
+        if version not in self._posts:
+            raise LookupError(
+                f"version {version} of the weights has been superseded; "
+                f"the board holds {', '.join(map(str, self._posts)) or 'none'}"
+            )
+        return self._posts[version][1]
+
+    def _newest_version(self) -> int:
+        return max(self._posts, default=-1)

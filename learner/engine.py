@@ -1,0 +1,298 @@
+"""DeepSpeed behind a small door: the only file that imports it.
+
+A learner rank needs few verbs: ``logits``, ``backward``, ``step``, ``all_reduce``, ``gather``, ``save``, ``load``. What
+DeepSpeed needs to be told for them to mean the same under every ZeRO stage is written down here:
+
+- **Gradients.** DeepSpeed averages over ranks. The losses of all ranks *add up* to the loss of the minibatch
+  (denominators are global), so each is multiplied by the number of ranks before its backward pass.
+- **Accumulation** is not counted by DeepSpeed: the caller says which backward pass is the last one of a minibatch.
+- **A step whose gradient norm is not finite is discarded** on all ranks alike, by DeepSpeed for stages 1 to 3 and here
+  for stage 0, which would apply it.
+- **bfloat16 with stage 0 runs as stage 1**: the same update, and stage 0 knows no float32 master weights.
+- **On a CPU nothing is compiled.** Left alone, `init_distributed` builds a C++ extension for reductions in shared
+  memory at run time: it takes a compiler and a minute and a half, and gloo does the same work.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from learner.collate import PackedRow
+from learner.config import LearnerConfig
+from r2vpo.records import TensorSpec
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["DS_ACCELERATOR"] = "cpu"  # read once, when deepspeed is imported
+
+import deepspeed  # noqa: E402
+import deepspeed.ops  # noqa: E402
+
+_TAG = "deepspeed"
+_PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+_NOISE_SETTINGS = ("dropout", "pdrop", "jitter")
+
+
+class StepResult(NamedTuple):
+    """What became of an optimiser step."""
+
+    grad_norm: float
+    """Norm of the gradient before clipping."""
+    applied: bool
+    """False if the gradient was not finite: the weights and the optimiser are as before."""
+
+
+def init_distributed(*, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
+    """Join the process group of the learner's ranks: gloo on CPUs, nccl on GPUs. Once per process."""
+    _silence()
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=str(port)
+    )
+    if not ON_GPU:
+        # No extension counts as buildable: the module docstring says why. Finding out would start compilers, too.
+        deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    deepspeed.init_distributed(
+        dist_backend="nccl" if ON_GPU else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+class LearnerEngine:
+    """The model and its optimiser on one rank; all ranks call every method together, in the same order.
+
+    ``ValueError`` if the model cannot be trained on packed rows.
+    """
+
+    def __init__(self, config: LearnerConfig, *, model_path: str) -> None:
+        """``model_path`` is a directory in Hugging Face format or the id of a model on its hub."""
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device("cuda" if ON_GPU else "cpu")
+        self._dtype = _dtype(config)
+        stage = 1 if config.zero_stage == 0 and self._dtype == torch.bfloat16 else config.zero_stage
+        self._stage = stage
+        self._grad_clip = config.grad_clip
+        model = _load_model(config, model_path, self._dtype)
+        generation = model.generation_config
+        assert generation is not None, "a causal language model has a generation config"
+        self.vocab_size: int = model.config.vocab_size
+        self.special_ids = _flat_ids(generation.bos_token_id, generation.eos_token_id, generation.pad_token_id)
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self._tensors = _untied_tensors(model)
+        self.tensors = tuple(_spec(name, tensor) for name, tensor in self._tensors.items())
+        self._model = model
+        self._optimizer, self._engine = self._wrap(model, config)
+        self._explicit_mask = False
+        self._explicit_mask = self._needs_explicit_mask(model_path)
+
+    @property
+    def dtype(self) -> str:
+        """``float32`` or ``bfloat16``: the type of the weights that compute."""
+        return str(self._dtype).removeprefix("torch.")
+
+    def logits(self, row: PackedRow) -> Tensor:
+        """Logits ``[N, vocabulary]`` at ``row.index_N``, before any temperature, with a gradient where that is on."""
+        inputs = {"input_ids": row.token_ids_T[None], "position_ids": row.position_ids_T[None]}
+        if self._explicit_mask:
+            inputs["attention_mask"] = _block_causal_mask(row.position_ids_T, self._dtype)
+        return self._engine(**inputs, use_cache=False, logits_to_keep=row.index_N).logits[0]
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of one micro-batch; ``last`` says that an optimiser step follows."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> StepResult:
+        """Clip the accumulated gradient and move the weights, unless the gradient is not finite."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        if self._stage > 0:
+            self._engine.step()
+            norm = self._engine.get_global_grad_norm()
+            assert norm is not None, "DeepSpeed is set up to measure the norm"
+            return StepResult(float(norm), self._engine.was_step_applied())
+        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._grad_clip)
+        applied = bool(norm.isfinite())
+        if applied:
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return StepResult(float(norm), applied)
+
+    def all_reduce(self, values: Tensor) -> None:
+        """Replace ``values`` by their sum over all ranks."""
+        dist.all_reduce(values)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    def gather(self, names: Sequence[str]) -> dict[str, Tensor] | None:
+        """Copies in main memory of some of `tensors` on rank 0; None on the other ranks, which must take part.
+
+        All ranks are through with the collective when this returns: rank 0 may take its time with what it got.
+        """
+        wanted = [self._tensors[name] for name in names]
+        parameters = [t for t in wanted if isinstance(t, torch.nn.Parameter)]
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self._stage == 3):
+            copies = None
+            if self.rank == 0:
+                copies = {name: t.detach().cpu().clone() for name, t in zip(names, wanted, strict=True)}
+        self.barrier()
+        return copies
+
+    def save(self, directory: Path) -> None:
+        """Write weights and optimiser state below ``directory``; every rank writes its part."""
+        self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote, exactly, into an engine that has not stepped yet.
+
+        DeepSpeed unpickles these files: load nothing that this program did not write itself.
+        """
+        path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
+        if path is None:
+            raise ValueError(f"{directory} holds no state of the optimiser and the weights; resume from another one")
+
+    def _wrap(self, model: PreTrainedModel, config: LearnerConfig) -> tuple[torch.optim.Optimizer, Any]:
+        settings = _deepspeed_settings(config, self._stage, self._dtype)
+        if self._stage == 3:
+            # Shards the parameters one by one, so that a GPU never holds the whole model; the buffers stay behind.
+            deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+            for buffer in model.buffers():
+                buffer.data = buffer.data.to(self.device)
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.lr,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+        )
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        # Noise is off in the model's config; training mode is what switches gradient checkpointing on.
+        engine.train()
+        return optimizer, engine
+
+    @torch.no_grad()
+    def _needs_explicit_mask(self, model_path: str) -> bool:
+        """Whether position ids that restart do not keep packed sequences apart, so that a mask must.
+
+        Most models of transformers build the mask from them; some ignore them (OPT, Falcon), and some would need other
+        means altogether (state-space models).
+        """
+        tokens_T = torch.arange(7, device=self.device) % self.vocab_size
+        apart = torch.cat([self.logits(_whole_row(part)) for part in tokens_T.split([3, 4])]).log_softmax(-1)
+        packed_row = _whole_row(*tokens_T.split([3, 4]))
+        for self._explicit_mask in (False, True):
+            try:
+                gap = (self.logits(packed_row).log_softmax(-1) - apart).abs().max()
+            except (RuntimeError, TypeError, ValueError):  # it takes no such mask
+                break
+            if gap <= _PROBE_TOLERANCE[self._dtype]:
+                return self._explicit_mask
+        raise ValueError(
+            f"model.path={model_path}: in a {type(self._model).__name__}, trajectories that share a forward pass see "
+            "each other, whether position ids or a mask separate them; choose a model with standard attention "
+            "(Llama, Qwen, Mistral, Gemma, …)"
+        )
+
+
+def _dtype(config: LearnerConfig) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if ON_GPU else torch.float32
+    return torch.float32 if config.dtype == "float32" else torch.bfloat16
+
+
+def _load_model(config: LearnerConfig, model_path: str, dtype: torch.dtype) -> PreTrainedModel:
+    local = Path(model_path).is_dir()
+    model_config = AutoConfig.from_pretrained(model_path, local_files_only=local, trust_remote_code=False)
+    noise = {
+        key: 0.0
+        for key, value in model_config.to_dict().items()
+        if isinstance(value, float) and any(word in key for word in _NOISE_SETTINGS)
+    }
+    model_config.update(noise)
+    attention = config.attention
+    if attention == "auto":
+        flash = ON_GPU and dtype == torch.bfloat16 and is_flash_attn_2_available()
+        attention = "flash_attention_2" if flash else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path,
+        config=model_config,
+        dtype=dtype,
+        attn_implementation=attention,
+        local_files_only=local,
+        trust_remote_code=False,
+    )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _deepspeed_settings(config: LearnerConfig, stage: int, dtype: torch.dtype) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.grad_clip if stage > 0 else 0.0,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+    }
+    if dtype == torch.bfloat16:
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def _whole_row(*parts: Tensor) -> PackedRow:
+    """A packed row of token sequences of which every position's logits are wanted."""
+    position_ids_T = torch.cat([torch.arange(len(part), device=part.device) for part in parts])
+    tokens_T = torch.cat(parts)
+    index_N = torch.arange(len(tokens_T), device=tokens_T.device)
+    return PackedRow(token_ids_T=tokens_T, position_ids_T=position_ids_T, index_N=index_N, target_N=tokens_T)
+
+
+def _block_causal_mask(position_ids_T: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask ``[1, 1, T, T]``: 0 where a token may look, the type's lowest value elsewhere."""
+    sequence_T = (position_ids_T == 0).cumsum(0)
+    visible_TT = (sequence_T[:, None] == sequence_T[None]).tril()
+    mask_TT = torch.zeros(visible_TT.shape, dtype=dtype, device=visible_TT.device)
+    return mask_TT.masked_fill_(~visible_TT, torch.finfo(dtype).min)[None, None]
+
+
+def _untied_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict's tensors; of those that are tied, one tensor under several names, the first name."""
+    first: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first.setdefault(id(tensor), (name, tensor))
+    return dict(first.values())
+
+
+def _spec(name: str, tensor: Tensor) -> TensorSpec:
+    return TensorSpec(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+
+
+def _flat_ids(*ids: int | list[int] | None) -> frozenset[int]:
+    return frozenset(i for entry in ids if entry is not None for i in (entry if isinstance(entry, list) else [entry]))
+
+
+def _silence() -> None:
+    """Errors only: the learner's words are its metrics, and both libraries are talkative at every step."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)

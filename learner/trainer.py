@@ -1,0 +1,296 @@
+"""One rank of the learner group: a batch of groups in, new weights and metrics out. No Ray here.
+
+    SampledBatch ──check lags──▶ TrainingBatch ──logp_prox, once──▶ for each minibatch:
+        micro-batches: forward, objective, backward ──▶ V over all ranks ──▶ optimiser step ──▶ λ
+    ──▶ step size s, metrics, version + 1
+
+All ranks call every public method with the same arguments. What they decide (the layout, λ, s, whether a step is
+discarded) is the same everywhere, because it is computed from the batch itself or from sums over all ranks. The
+arithmetic is that of `r2vpo.algorithm.reference.ReferenceTrainer`, and a test compares the two.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from math import nan
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from learner import checkpoint
+from learner.collate import MicroBatch, PackedRow, TrainingBatch, check_lags, collate, pack, pack_row, unpack
+from learner.config import LearnerConfig
+from learner.engine import LearnerEngine
+from learner.export import export_model
+from learner.logprobs import token_logprobs
+from learner.metrics import batch_metrics
+from learner.publish import bucket_names, canary_tokens, encode_bucket
+from r2vpo.algorithm.config import AlgorithmConfig
+from r2vpo.algorithm.diagnostics import LagDiagnostics
+from r2vpo.algorithm.dual import make_dual
+from r2vpo.algorithm.objectives import objective, second_moment_sum
+from r2vpo.algorithm.step_control import make_step_control, warmup_factor
+from r2vpo.records import Canary, SampledBatch, WeightManifest
+
+Payload = TypeVar("Payload")
+
+
+class OptimizerStep(NamedTuple):
+    """What one minibatch showed, measured before its weights moved; the same on all ranks."""
+
+    loss: float
+    second_moment: float
+    """V over the trained tokens of all ranks."""
+    entropy: float
+    """Mean entropy (nats) of the distributions that the trained tokens were drawn from."""
+    grad_norm: float
+    lr: float
+    applied: bool
+    """False if loss or gradient was not finite: nothing moved."""
+
+
+class LearnerTrainer:
+    """Trains the model of ``model_path``. The process group must exist (`learner.engine.init_distributed`)."""
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        algorithm: AlgorithmConfig,
+        *,
+        model_path: str,
+        temperature: float,
+        max_lag: int,
+        max_replay_lag: int,
+        off_policy: bool,
+        exact_engine: bool,
+        seed: int,
+    ) -> None:
+        """``temperature`` is that of sampling; ``max_lag`` and ``max_replay_lag`` bound fresh and stale tokens.
+
+        ``off_policy`` says whether tokens may be stale or lag (it decides the gate where that is ``auto``);
+        ``exact_engine`` that the rollout engine computes in the learner's type, so that behaviour log-probs of the
+        current version serve as proximal ones; ``seed`` is that of the split into minibatches.
+        """
+        self.engine = LearnerEngine(config, model_path=model_path)
+        self.dual = make_dual(algorithm)
+        self.step_control = make_step_control(algorithm)
+        self.version = 0
+        """The next learner step, and the version of the weights."""
+        self.num_optimizer_steps = 0
+        self._config, self._algorithm, self._model_path = config, algorithm, model_path
+        self._objective = objective(algorithm, gated=algorithm.is_gated(off_policy=off_policy))
+        self._temperature, self._seed, self._exact_engine = temperature, seed, exact_engine
+        self._max_lag, self._max_replay_lag = max_lag, max_replay_lag
+        self._canary_tokens = canary_tokens(vocab_size=self.engine.vocab_size, special_ids=self.engine.special_ids)
+
+    def step(self, batch: SampledBatch) -> dict[str, float]:
+        """One learner step; returns its metrics, flat and namespaced (see `learner.metrics` for those of the batch).
+
+        ``step/…`` and ``dual/…`` are means over the optimiser steps that were applied, and absent if there were none.
+        `LagViolation` if a token is outside its bound, ``ValueError`` if the batch is not that of the next step.
+        """
+        if batch.step != self.version:
+            raise ValueError(f"the batch of step {batch.step} was given to a learner whose next step is {self.version}")
+        check_lags(batch, max_lag=self._max_lag, max_replay_lag=self._max_replay_lag)
+        started = time.perf_counter()
+        layout = collate(
+            batch,
+            advantage=self._algorithm.advantage,
+            minibatches=self._config.minibatches,
+            seed=self._seed,
+            exact_engine=self._exact_engine,
+            ranks=self.engine.world_size,
+            micro_batch_tokens=self._config.micro_batch_tokens,
+        )
+        collated = time.perf_counter()
+        logp_prox = self._proximal(layout)
+        prepared = time.perf_counter()
+        diagnostics = self._diagnostics()
+        steps = [
+            self._optimizer_step(layout, m, logp_prox, diagnostics)
+            for m in range(len(layout.minibatches))
+            if layout.num_tokens(m) > 0
+        ]
+        applied = [s for s in steps if s.applied]
+        self.step_control.update([s.second_moment for s in applied] if layout.has_signal else ())
+        self.engine.all_reduce(diagnostics.sums)
+        self.version += 1
+        return {
+            **self._step_metrics(applied),
+            **diagnostics.metrics(),
+            **batch_metrics(batch, layout),
+            "learner/bad_steps": float(len(steps) - len(applied)),
+            "learner/empty_minibatches": float(len(layout.minibatches) - len(steps)),
+            "time/collate_s": collated - started,
+            "time/prox_s": prepared - collated,
+            "time/train_s": time.perf_counter() - prepared,
+        }
+
+    def publish(self, put: Callable[[bytes], Payload]) -> tuple[WeightManifest, list[Payload]] | None:
+        """Hand the weights out, bucket by bucket: rank 0 calls ``put`` with each payload and returns what it got.
+
+        The other ranks take part in the gathering and return None.
+        """
+        canary = self.canary()
+        specs, payloads = [], []
+        for names in bucket_names(self.engine.tensors, bucket_mb=self._config.bucket_mb):
+            tensors = self.engine.gather(names)
+            if tensors is not None:
+                spec, payload = encode_bucket(tensors)
+                specs.append(spec)
+                payloads.append(put(payload))
+        if self.engine.rank != 0:
+            return None
+        manifest = WeightManifest(version=self.version, buckets=tuple(specs), canary=canary, published_s=time.time())
+        return manifest, payloads
+
+    @torch.no_grad()
+    def canary(self) -> Canary:
+        """The log-probs (temperature 1) of the canary's tokens under the current weights."""
+        tokens_T = torch.from_numpy(self._canary_tokens)
+        row = PackedRow(
+            token_ids_T=tokens_T,
+            position_ids_T=torch.arange(len(tokens_T)),
+            index_N=torch.arange(len(tokens_T) - 1),
+            target_N=tokens_T[1:],
+        )
+        logp_N, _ = self._logprobs(row.to(self.engine.device), temperature=1.0)
+        return Canary(token_ids=tuple(tokens_T.tolist()), logprobs=tuple(logp_N.tolist()))
+
+    def save(self, directory: Path) -> Path:
+        """Write a checkpoint of the current version below ``directory``; returns its path, once it is durable."""
+        written = checkpoint.temporary_path(directory, self.version)
+        if self.engine.rank == 0:
+            checkpoint.begin(directory, self.version)
+        self.engine.barrier()
+        self.engine.save(written)
+        checkpoint.flush(written)
+        self.engine.barrier()
+        if self.engine.rank == 0:
+            checkpoint.commit(directory, self.version, self.state_dict())
+            checkpoint.prune(directory, keep=self._config.keep_checkpoints)
+        self.engine.barrier()
+        return checkpoint.final_path(directory, self.version)
+
+    def load(self, path: Path) -> None:
+        """Restore a checkpoint that `save` wrote, before the first step."""
+        self.load_state_dict(checkpoint.read_state(path))
+        self.engine.load(path)
+
+    def export(self, directory: Path) -> None:
+        """Write the model in Hugging Face format to ``directory``, which must not exist."""
+        export_model(self.engine, model_path=self._model_path, directory=directory, bucket_mb=self._config.bucket_mb)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs besides the engine's own state; a JSON value."""
+        return {
+            "version": self.version,
+            "optimizer_steps": self.num_optimizer_steps,
+            "dual": self.dual.state_dict(),
+            "step_control": self.step_control.state_dict(),
+            "seed": self._seed,
+            "ranks": self.engine.world_size,
+            "zero_stage": self._config.zero_stage,
+            "dtype": self.engine.dtype,
+            "rng": torch.get_rng_state().numpy().tobytes().hex(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`. ``ValueError`` if the state is that of learners laid out differently."""
+        laid_out = {
+            "learner.ranks": (state["ranks"], self.engine.world_size),
+            "learner.zero_stage": (state["zero_stage"], self._config.zero_stage),
+            "learner.dtype": (state["dtype"], self.engine.dtype),
+        }
+        for key, (saved, given) in laid_out.items():
+            if saved != given:
+                raise ValueError(
+                    f"{key}={given}, but the checkpoint was written with {saved}; resume with {key}={saved}"
+                )
+        self.dual.load_state_dict(state["dual"])
+        self.step_control.load_state_dict(state["step_control"])
+        self.version = state["version"]
+        self.num_optimizer_steps = state["optimizer_steps"]
+        torch.set_rng_state(torch.from_numpy(np.frombuffer(bytes.fromhex(state["rng"]), dtype=np.uint8).copy()))
+
+    def _proximal(self, layout: TrainingBatch) -> dict[int, np.ndarray]:
+        """``logp_prox`` of this rank's samples that need it, by index: the weights have not moved yet."""
+        logp_prox: dict[int, np.ndarray] = {}
+        with torch.no_grad():
+            for members in layout.proximal[self.engine.rank]:
+                samples = [layout.samples[i] for i in members]
+                row = pack_row([s.trajectory for s in samples])
+                logp_N, _ = self._logprobs(row.to(self.engine.device), temperature=self._temperature)
+                if samples:
+                    logp_prox.update(zip(members, unpack(samples, logp_N.cpu().numpy()), strict=True))
+        return logp_prox
+
+    def _optimizer_step(
+        self, layout: TrainingBatch, minibatch: int, logp_prox: dict[int, np.ndarray], diagnostics: LagDiagnostics
+    ) -> OptimizerStep:
+        num_tokens = layout.num_tokens(minibatch)
+        bins = layout.train[minibatch][self.engine.rank]
+        sums = torch.zeros(3, dtype=torch.float64, device=self.engine.device)
+        seen = self._diagnostics()
+        for i, members in enumerate(bins):
+            micro_batch = pack([layout.samples[j] for j in members], [logp_prox.get(j) for j in members])
+            loss = self._forward(micro_batch.to(self.engine.device), num_tokens, sums, seen)
+            last = i == len(bins) - 1
+            if last:
+                self.engine.all_reduce(sums)
+                if not sums[0].isfinite():
+                    # The gradient may be finite all the same, or not on every rank. This makes it NaN everywhere,
+                    # which is how the engine is told to discard a step.
+                    loss = loss * nan
+            self.engine.backward(loss, last=last)
+        lr = self._config.lr * warmup_factor(self.num_optimizer_steps, self._config.warmup_steps)
+        lr *= self.step_control.scale
+        grad_norm, applied = self.engine.step(lr)
+        loss_sum, second_moment, entropy = sums.tolist()
+        result = OptimizerStep(loss_sum, second_moment / num_tokens, entropy / num_tokens, grad_norm, lr, applied)
+        if applied:
+            self.num_optimizer_steps += 1
+            self.dual.update(result.second_moment)
+            diagnostics.sums += seen.sums
+        return result
+
+    def _forward(self, micro_batch: MicroBatch, num_tokens: int, sums: Tensor, seen: LagDiagnostics) -> Tensor:
+        """The micro-batch's share of the loss; adds to ``sums``: loss, Σ(u-1)², Σ entropy."""
+        logp_N, entropy_N = self._logprobs(micro_batch.row, temperature=self._temperature)
+        tokens = micro_batch.tokens(logp_N)
+        loss = self._objective(tokens, num_tokens, self.dual.lam)
+        sums += torch.stack([loss.detach().double(), second_moment_sum(tokens), entropy_N.sum().double()])
+        seen.add(tokens, micro_batch.lag_N)
+        return loss
+
+    def _logprobs(self, row: PackedRow, *, temperature: float) -> tuple[Tensor, Tensor]:
+        return token_logprobs(self.engine.logits(row), row.target_N, temperature)
+
+    def _diagnostics(self) -> LagDiagnostics:
+        return LagDiagnostics(weight_cap=self._algorithm.weight_cap, device=self.engine.device)
+
+    def _step_metrics(self, applied: list[OptimizerStep]) -> dict[str, float]:
+        metrics = {
+            "dual/lambda": self.dual.lam,
+            "dual/saturated": float(self.dual.saturated),
+            "control/scale": self.step_control.scale,
+        }
+        if applied:
+            second_moments = [s.second_moment for s in applied]
+            metrics |= {
+                "step/loss": _mean([s.loss for s in applied]),
+                "step/entropy": _mean([s.entropy for s in applied]),
+                "step/grad_norm": _mean([s.grad_norm for s in applied]),
+                "step/lr": applied[-1].lr,
+                "dual/second_moment": _mean(second_moments),
+                "dual/second_moment_max": max(second_moments),
+            }
+        return metrics
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,140 @@
+"""The command line: ``r2vpo train CONFIG.yaml [key=value …]``.
+
+Every check that needs no heavy import comes first, in the order of what it costs; only when all have passed is the folder
+of the run made and the driver, with Ray behind it, imported. Whatever is wrong ends in one sentence on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
+
+from r2vpo.job.config import RunConfig, check_resumable, load_config, to_yaml
+from r2vpo.job.preflight import preflight
+from r2vpo.job.rundir import RunDir, occupied
+from r2vpo.job.settings import ConfigError
+from r2vpo.job.versions import check_stack
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+EXAMPLES = """\
+examples:
+  r2vpo train configs/quickstart.yaml
+  r2vpo train configs/quickstart.yaml name=mine learner.steps=200 rollout.workers=2
+  r2vpo train runs/mine/config.yaml --resume learner.steps=400
+  r2vpo config configs/quickstart.yaml learner.lr=1e-4
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argument errors in the form of all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 2 something to put right, else what the driver says."""
+    try:
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
+        command = {"train": _train, "config": _show_config}[arguments.command]
+        return command(arguments)
+    except ConfigError as error:
+        print(f"r2vpo: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="r2vpo",
+        description="R²VPO: RL fine-tuning of language models under a budget on the variance of the policy ratio.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"r2vpo {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the settings of the run")
+    shared.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes a setting, such as learner.steps=200; the last one wins"
+    )
+    train = commands.add_parser(
+        "train",
+        parents=[shared],
+        help="train a model",
+        description="Train a model. Everything the run leaves lies in run_dir/name (runs/NAME).",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    how = train.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on with the run of this name from its newest checkpoint")
+    how.add_argument("--next-free", action="store_true", help="take the next free NAME-1, NAME-2, … as the run's name")
+    commands.add_parser(
+        "config",
+        parents=[shared],
+        help="print the resolved settings",
+        description="Print every setting as the run would have it, checked, as YAML.",
+    )
+    arguments, rest = parser.parse_known_args(argv)
+    unknown = [text for text in rest if text.startswith("-")]
+    if unknown:
+        hint = " (settings are written without dashes: key=value)" if "=" in unknown[0] else ""
+        raise ConfigError(f"unknown option {unknown[0]}{hint}; see r2vpo {arguments.command} --help")
+    arguments.overrides += rest  # argparse leaves overrides that stand behind an option
+    return arguments
+
+
+def _show_config(arguments: argparse.Namespace) -> int:
+    """``r2vpo config``."""
+    print(to_yaml(load_config(arguments.config, arguments.overrides)), end="")
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    """``r2vpo train``: check, take the run's folder, hand over to the driver."""
+    config = load_config(arguments.config, arguments.overrides)
+    if not arguments.resume and not arguments.next_free and (Path(config.run_dir) / config.name).exists():
+        raise occupied(Path(config.run_dir) / config.name)
+    preflight(config)
+    warnings = check_stack()
+    with _take(config, resume=arguments.resume, next_free=arguments.next_free) as run:
+        config = replace(config, name=run.name)
+        if arguments.next_free:
+            print(f"run {run.name} (the next free name)", flush=True)
+        for sentence in (*warnings, *config.notes):
+            print(f"r2vpo: note: {sentence}", file=sys.stderr)
+        run.write_config(to_yaml(config))
+        from r2vpo.job.driver import run_job  # brings Ray: only now
+
+        return run_job(config, run, resume=arguments.resume)
+
+
+def _take(config: RunConfig, *, resume: bool, next_free: bool) -> RunDir:
+    """The folder of the run, locked for this process."""
+    root = Path(config.run_dir)
+    if next_free:
+        return RunDir.create_next(root, config.name)
+    if not resume:
+        return RunDir.create(root, config.name)
+    run = RunDir.open(root, config.name)
+    try:
+        check_resumable(load_config(run.config), config)
+    except ConfigError:
+        run.close()
+        raise
+    return run
+
+
+def _version() -> str:
+    try:
+        return metadata.version("r2vpo")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,219 @@
+"""The settings of a run: every room's section, what the job itself needs, and the checks across sections.
+
+Importing this file imports none of Ray, torch, vLLM or DeepSpeed: a bad setting is refused at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from learner.config import LearnerConfig
+from r2vpo.algorithm.config import AlgorithmConfig
+from r2vpo.checks import require
+from r2vpo.job.settings import ConfigError, dump, leaves, load
+from replay.config import ReplayConfig
+from rollout.config import RolloutConfig, TaskConfig
+
+__all__ = ["ConfigError", "ModelConfig", "RayConfig", "RunConfig", "TrackingConfig", "load_config", "to_yaml"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model that is trained."""
+
+    path: str
+    """Directory with config.json, *.safetensors and the tokenizer, or the id of a model on the Hugging Face hub."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        if not self.path.strip():
+            raise ValueError("model.path is empty; name a model directory or the id of a model on the Hugging Face hub")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    wandb: str = "auto"
+    """`online`, `offline`, `off`, or `auto`: online where a W&B key is configured, else offline."""
+    project: str = "r2vpo"
+    """Project in W&B."""
+
+    def __post_init__(self) -> None:
+        require.one_of("tracking.wandb", self.wandb, ("auto", "online", "offline", "off"))
+        if not self.project.strip():
+            raise ValueError("tracking.project is empty; name a W&B project, such as r2vpo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    """The Ray cluster that the job runs on."""
+
+    address: str | None = None
+    """Join this cluster (`auto`, or an address); null starts a private local one that ends with the job."""
+    num_cpus: float | None = None
+    """CPUs of the private local Ray; null takes those of the machine, or what the run reserves if that is more."""
+    object_store_mb: int | None = None
+    """Object store (MiB) of the private local Ray; null lets Ray choose."""
+
+    def __post_init__(self) -> None:
+        for key, value in (("num_cpus", self.num_cpus), ("object_store_mb", self.object_store_mb)):
+            if value is None:
+                continue
+            if self.address is not None:
+                raise ValueError(
+                    f"ray.{key}={value} sizes a private local Ray, but ray.address={self.address} joins a cluster; "
+                    "remove one of the two"
+                )
+            require.positive(f"ray.{key}", value)
+        if self.object_store_mb is not None:
+            require.at_least("ray.object_store_mb", self.object_store_mb, 80)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything about one run."""
+
+    name: str = "run"
+    """Name of the run and of its folder in `run_dir`."""
+    seed: int = 0
+    """Seed of the order of prompts, of sampling and of batches."""
+    run_dir: str = "runs"
+    """Folder that holds the runs."""
+    model: ModelConfig
+    """The model that is trained."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """Where prompts and verdicts come from."""
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    """What the learner optimises."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """The rollout workers."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    """The replay store."""
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    """The learner group."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where metrics go."""
+    ray: RayConfig = field(default_factory=RayConfig)
+    """The Ray cluster."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.name):
+            raise ValueError(
+                f"name={self.name} cannot name a folder; use letters, digits, `.`, `_` and `-`, beginning with a letter "
+                "or a digit (at most 128)"
+            )
+        require.between("seed", self.seed, 0, 2**31 - 1)
+        if self.num_fresh < self.learner.minibatches:
+            raise ValueError(
+                f"learner.minibatches={self.learner.minibatches} exceeds the {self.num_fresh} fresh groups that "
+                f"learner.groups_per_step={self.learner.groups_per_step} and replay.stale_fraction="
+                f"{self.replay.stale_fraction} leave: the first step has no stale group, and a minibatch needs at least "
+                "one; lower minibatches or stale_fraction, or raise groups_per_step"
+            )
+        if self.algorithm.step_control and self.learner.minibatches < 2:
+            raise ValueError(
+                f"algorithm.step_control=true has nothing to measure with learner.minibatches={self.learner.minibatches}"
+                ": V is 0 at the only optimiser step of a learner step; set minibatches to 2 or more, or "
+                "step_control=null"
+            )
+        if self.ray.num_cpus is not None and self.ray.num_cpus < self.reserved_cpus:
+            raise ValueError(
+                f"ray.num_cpus={self.ray.num_cpus:g} is less than the {self.reserved_cpus:g} CPUs that rollout.workers="
+                f"{self.rollout.workers} (rollout.num_cpus={self.rollout.num_cpus:g} each) and learner.ranks="
+                f"{self.learner.ranks} (learner.num_cpus={self.learner.num_cpus:g} each) reserve: some would never be "
+                "placed; raise ray.num_cpus, or set it to null"
+            )
+
+    @property
+    def reserved_cpus(self) -> float:
+        """CPUs that rollout workers and learner ranks reserve in Ray."""
+        return self.rollout.workers * self.rollout.num_cpus + self.learner.ranks * self.learner.num_cpus
+
+    @property
+    def num_fresh(self) -> int:
+        """Fresh groups of every batch."""
+        return self.replay.num_fresh(self.learner.groups_per_step)
+
+    @property
+    def num_stale(self) -> int:
+        """Stale groups of a full batch."""
+        return self.replay.num_stale(self.learner.groups_per_step)
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether a trained token may be older than the learner's weights."""
+        return self.replay.max_lag > 0 or self.num_stale > 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about settings that work, but not as one might expect."""
+        notes: list[str] = []
+        if self.algorithm.name == "r2vpo" and self.learner.minibatches == 1:
+            notes.append(
+                "learner.minibatches=1: V is always 0, so neither λ nor step control acts; this is plain policy gradient"
+            )
+        if self.replay.stale_fraction > 0 and self.num_stale == 0:
+            notes.append(
+                f"replay.stale_fraction={self.replay.stale_fraction} of learner.groups_per_step="
+                f"{self.learner.groups_per_step} rounds to no stale group: nothing is replayed"
+            )
+        slots = self.rollout.workers * self.rollout.groups_in_flight
+        outstanding = self.num_fresh * (self.replay.max_lag + 1)
+        if slots > outstanding:
+            notes.append(
+                f"rollout.workers × rollout.groups_in_flight = {slots} groups, but {self.num_fresh} fresh groups per "
+                f"step and replay.max_lag={self.replay.max_lag} let at most {outstanding} be under way: the rest idles"
+            )
+        return tuple(notes)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a YAML file and ``key=value`` overrides describe, with local paths made absolute.
+
+    A relative path is looked up from the current directory and then from the folder above the config file's, so that
+    ``configs/x.yaml`` finds what lies in the repository. Raises ``ConfigError`` with one message for the user.
+    """
+    config = load(RunConfig, path, overrides)
+    homes = (Path.cwd(), path.resolve().parent.parent)
+    task = config.task
+    return replace(
+        config,
+        run_dir=str(Path(config.run_dir).expanduser().absolute()),
+        model=replace(config.model, path=_located(config.model.path, homes)),
+        task=replace(
+            task,
+            path=task.path and _located(task.path, homes),
+            eval_path=task.eval_path and _located(task.eval_path, homes),
+        ),
+    )
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved settings as YAML; ``load_config`` reads it back to an equal ``RunConfig``."""
+    return dump(config)
+
+
+SAME_ON_RESUME = ("seed", "model.path", "task.name", "task.path", "task.eval_path", "task.split", "task.options")
+
+
+def check_resumable(old: RunConfig, new: RunConfig) -> None:
+    """Refuse to continue a run as another one: its prompts, seed and model stay. Raises ``ConfigError``."""
+    before, after = dict(leaves(old)), dict(leaves(new))
+    for key in SAME_ON_RESUME:
+        if before[key] != after[key]:
+            raise ConfigError(
+                f"--resume: {key}={after[key]}, but run {old.name} was started with {key}={before[key]}; "
+                "keep it, or start another run with name=…"
+            )
+
+
+def _located(text: str, homes: Sequence[Path]) -> str:
+    """The absolute path of what exists under one of ``homes``; otherwise the text unchanged (a hub id, or missing)."""
+    given = Path(text).expanduser()
+    found = next((home / given for home in homes if (home / given).exists()), None)
+    return str(found.resolve()) if found else text

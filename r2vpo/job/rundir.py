@@ -1,0 +1,175 @@
+"""What a run leaves on disk, and who may write there.
+
+    runs/NAME/  config.yaml   the resolved settings
+                metrics.jsonl one object per learner step
+                summary.json  the result
+                replay/  checkpoints/  logs/  model/
+                lock          held (flock) by the process that runs it
+
+A name is taken by the `mkdir` itself, so two processes can never share one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from r2vpo.job.settings import ConfigError
+
+
+class RunDirError(ConfigError):
+    """The folder of the run cannot be taken."""
+
+
+class RunDir:
+    """The folder of one run. The process that created or opened it holds its lock until ``close``."""
+
+    def __init__(self, path: Path) -> None:
+        """The folder ``path``, neither created nor locked; for reading."""
+        self.path = path
+        self._lock: int | None = None
+
+    @classmethod
+    def create(cls, root: Path, name: str) -> RunDir:
+        """Take a new name. Raises ``RunDirError`` if it is occupied or the folder cannot be made."""
+        run = cls(root / name)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            run.path.mkdir()
+        except FileExistsError:
+            raise occupied(run.path) from None
+        except OSError as error:
+            raise RunDirError(f"run_dir={root}: cannot make {run.path}: {error.strerror}") from None
+        run._acquire()
+        for folder in (run.replay, run.checkpoints, run.logs):
+            folder.mkdir()
+        return run
+
+    @classmethod
+    def create_next(cls, root: Path, stem: str) -> RunDir:
+        """Take the next free ``STEM-N``, also when others do the same at the same moment."""
+        while True:
+            name = next_free(root, stem)
+            try:
+                return cls.create(root, name)
+            except RunDirError:
+                if next_free(root, stem) == name:  # the name is still free: it was not a race that we lost
+                    raise
+
+    @classmethod
+    def open(cls, root: Path, name: str) -> RunDir:
+        """Continue an existing run. Raises ``RunDirError`` if there is none, or if a process still runs it."""
+        run = cls(root / name)
+        if not run.config.is_file():
+            raise RunDirError(f"--resume: there is no run {run.path}; start it without --resume")
+        run._acquire()
+        return run
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings, YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per learner step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """The result, JSON."""
+        return self.path / "summary.json"
+
+    @property
+    def replay(self) -> Path:
+        """The replay store."""
+        return self.path / "replay"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The learner's checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """What engines, Ray and W&B have to say."""
+        return self.path / "logs"
+
+    @property
+    def model(self) -> Path:
+        """The trained model in Hugging Face format."""
+        return self.path / "model"
+
+    def write_config(self, text: str) -> None:
+        """Replace config.yaml as a whole."""
+        write_atomic(self.config, text)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Replace summary.json as a whole."""
+        write_atomic(self.summary, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Let go of the lock; the folder stays."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _acquire(self) -> None:
+        """Hold the lock; the kernel lets go of it when the process ends, however it ends."""
+        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(lock, 32).decode(errors="replace").strip()
+            os.close(lock)
+            raise RunDirError(f"{self.path} is being run by process {holder or '?'}; wait for it or stop it") from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        self._lock = lock
+
+
+def occupied(path: Path) -> RunDirError:
+    """The error for a run name that is taken."""
+    return RunDirError(
+        f"name={path.name} is occupied: {path} exists; continue it with --resume, or choose another with name=…"
+    )
+
+
+def next_free(root: Path, stem: str) -> str:
+    """The name after the highest existing ``STEM-N``: ``quickstart-3`` beside ``quickstart-1`` and ``quickstart-2``."""
+    pattern = re.compile(re.escape(stem) + r"-(\d+)")
+    names = [entry.name for entry in root.iterdir()] if root.is_dir() else []
+    numbers = [int(match[1]) for match in map(pattern.fullmatch, names) if match]
+    return f"{stem}-{max(numbers, default=0) + 1}"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new content, never half of one, even after a power cut."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

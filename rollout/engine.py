@@ -1,0 +1,158 @@
+"""One vLLM engine, seen as the few verbs that a rollout worker needs. With `weight_transfer.py` the only vLLM import.
+
+The environment of `environment.py` must be in place before this module is imported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import numpy as np
+from vllm import SamplingParams
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from rollout.config import RolloutConfig
+from rollout.generation import Completion, EngineFailed
+from rollout.weight_transfer import BACKEND
+
+GIB = 1 << 30
+
+
+class RolloutEngine:
+    """An ``AsyncLLM`` with versioned weights. Create with ``await RolloutEngine.start(…)``."""
+
+    def __init__(self, llm: AsyncLLM, config: RolloutConfig) -> None:
+        self._llm = llm
+        self._config = config
+        self._num_requests = 0
+
+    @classmethod
+    async def start(
+        cls, config: RolloutConfig, *, model_path: str, on_gpu: bool, trust_remote_code: bool
+    ) -> RolloutEngine:
+        """Load the model from ``model_path`` as version 0 and start the engine's processes."""
+        arguments = AsyncEngineArgs(
+            model=model_path,
+            trust_remote_code=trust_remote_code,
+            dtype=config.dtype if on_gpu or config.dtype != "auto" else "float32",
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.group_size * config.groups_in_flight,
+            tensor_parallel_size=config.tensor_parallel_size,
+            kv_cache_memory_bytes=None if config.kv_cache_gb is None else int(config.kv_cache_gb * GIB),
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            enforce_eager=config.enforce_eager or not on_gpu,
+            enable_prefix_caching=config.prefix_caching,
+            # What the tokens were drawn from, temperature included: the behaviour distribution itself.
+            logprobs_mode="processed_logprobs",
+            # A model's own generation_config may carry top-p or top-k, which would bias the ratio.
+            generation_config="vllm",
+            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            disable_log_stats=True,
+        )
+        llm = AsyncLLM.from_engine_args(arguments)
+        await llm.init_weight_transfer_engine(WeightTransferInitRequest())
+        await llm.update_weight_version("0")
+        return cls(llm, config)
+
+    async def generate(
+        self, prompt_token_ids: Sequence[int], *, n: int, seed: int | None, temperature: float, max_tokens: int
+    ) -> list[Completion]:
+        """``n`` responses to one prompt, in member order; member i is seeded with ``seed + i``.
+
+        Raises ``EngineFailed`` if the engine died, ``ValueError`` if the prompt does not fit the model's window.
+        """
+        parameters = SamplingParams(
+            n=n,
+            seed=seed,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._final_output(prompt_token_ids, parameters)
+        return [_completion(c) for c in sorted(output.outputs, key=lambda c: c.index)]
+
+    async def prompt_logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
+        """float32 ``[T - 1]``: log-prob (nats, temperature 1) of every token after the first, given those before it."""
+        parameters = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        output = await self._final_output(token_ids, parameters)
+        assert output.prompt_logprobs is not None
+        scores = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
+        return np.array([entry[token].logprob for entry, token in scores if entry is not None], dtype=np.float32)
+
+    async def load(self, paths: Sequence[str], *, version: int) -> None:
+        """Replace the weights by those in the files and label them ``version``. Call it inside ``paused()``."""
+        await self._llm.start_weight_update()
+        for path in paths:
+            await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"path": path}))
+        await self._llm.finish_weight_update(weight_version=str(version))
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Hold all requests, those in flight included, and let them continue afterwards.
+
+        Clearing the cache makes requests in flight recompute their keys and values under the new weights: no cache
+        entry outlives its version, and every later token is sampled from exactly the policy that its version names.
+        """
+        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        try:
+            yield
+        finally:
+            await self._llm.resume_generation()
+
+    async def probe(self, timeout_s: float) -> float:
+        """Generate one token and return the seconds it took; a health endpoint is no proof of life."""
+        started_s = time.monotonic()
+        parameters = SamplingParams(max_tokens=1, temperature=0.0, output_kind=RequestOutputKind.FINAL_ONLY)
+        async with asyncio.timeout(timeout_s):
+            await self._final_output([0], parameters)
+        return time.monotonic() - started_s
+
+    def shutdown(self) -> None:
+        """End the engine's processes."""
+        self._llm.shutdown()
+
+    async def _final_output(self, token_ids: Sequence[int], parameters: SamplingParams) -> RequestOutput:
+        self._num_requests += 1
+        request_id = f"r{self._num_requests}"
+        final: RequestOutput | None = None
+        try:
+            prompt = {"prompt_token_ids": [int(t) for t in token_ids]}
+            async for output in self._llm.generate(prompt, parameters, request_id=request_id):  # type: ignore[arg-type]
+                final = output
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise EngineFailed(f"vLLM's engine died while it generated: {error}") from error
+        assert final is not None, "vLLM ended a request without an output"
+        return final
+
+
+def _completion(output: CompletionOutput) -> Completion:
+    assert output.logprobs is not None, "log-probs were asked for"
+    assert output.weight_versions is not None, "only final outputs are read"
+    token_ids = list(output.token_ids)
+    version_T = np.empty(len(token_ids), dtype=np.int32)
+    covered = 0
+    for span in output.weight_versions:
+        version_T[span.start : span.end] = int(span.version)
+        covered += span.end - span.start
+    if covered != len(token_ids):
+        raise EngineFailed(f"vLLM reported versions for {covered} of {len(token_ids)} tokens")
+    logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, token_ids, strict=True)]
+    return Completion(
+        text=output.text,
+        token_ids_T=np.array(token_ids, dtype=np.int32),
+        logprob_T=np.array(logprobs, dtype=np.float32),
+        version_T=version_T,
+        truncated=output.finish_reason == "length",
+    )

@@ -1,0 +1,131 @@
+"""How a worker takes over published weights, and proves that it has them.
+
+    payloads ──checksum──▶ files in shared memory ──pause──▶ engine.load ──resume──▶ canary ──▶ proven
+
+Generation stands still only for the local load. Between resume and canary the worker is unproven: it takes no lease and
+appends no group, so nothing that unproven weights sampled can reach the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from r2vpo.checksum import payload_checksum
+from r2vpo.records import NO_VERSION, SyncRecord, WeightManifest
+from rollout.generation import Engine
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where the buckets lie while the engine loads them; the temporary folder where a system has no shared memory."""
+MAX_TRIES = 3
+"""Loads of one version after which a failing canary takes the worker down."""
+
+
+class WeightSyncFailed(RuntimeError):  # noqa: N818 - says what happened
+    """The engine's log-probs do not equal the learner's, or a bucket is damaged, after every try."""
+
+
+class WeightSync:
+    """The weights of one engine: which version it holds, and whether that is proven."""
+
+    def __init__(self, engine: Engine, *, worker: str, tolerance: float) -> None:
+        """``tolerance``: largest gap (nats) allowed on the canary; 1e-4 in float32, 5e-2 in bfloat16."""
+        self.version = NO_VERSION
+        self._records: list[SyncRecord] = []
+        self._engine = engine
+        self._worker = worker
+        self._tolerance = tolerance
+        self._changed = asyncio.Condition()
+        self._is_proven = False
+
+    def take_records(self) -> tuple[SyncRecord, ...]:
+        """The syncs since the last call."""
+        records, self._records = tuple(self._records), []
+        return records
+
+    async def proven(self) -> None:
+        """Wait until the engine's weights are proven by the canary. Returns at once when they are."""
+        if self._is_proven:
+            return
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._is_proven)
+
+    async def reached(self, version: int) -> None:
+        """Wait until proven weights of at least ``version`` are loaded."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._is_proven and self.version >= version)
+
+    async def apply(
+        self,
+        manifest: WeightManifest,
+        payloads: Sequence[bytes | memoryview],
+        *,
+        on_mismatch: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Load the manifest's weights. Calls ``on_mismatch`` after every failing canary.
+
+        Raises ``WeightSyncFailed`` if a checksum is wrong, or if the canary still fails after ``MAX_TRIES`` loads.
+        """
+        folder = str(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
+        with tempfile.TemporaryDirectory(prefix="r2vpo-weights-", dir=folder) as directory:
+            started_s = time.monotonic()
+            paths = await asyncio.to_thread(_write_buckets, manifest, payloads, Path(directory))
+            fetch_s = time.monotonic() - started_s
+            gaps: list[float] = []
+            while len(gaps) < MAX_TRIES:
+                pause_s = await self._load(paths, manifest.version)
+                gaps.append(await self._canary_gap(manifest))
+                if gaps[-1] <= self._tolerance:
+                    break
+                await on_mismatch()
+            else:
+                raise WeightSyncFailed(
+                    f"worker {self._worker}: after loading version {manifest.version} {MAX_TRIES} times, the engine's "
+                    f"log-probs on the canary differ from the learner's by {gaps} nats, allowed are {self._tolerance}"
+                )
+        self._records.append(
+            SyncRecord(
+                worker=self._worker,
+                version=manifest.version,
+                fetch_s=fetch_s,
+                pause_s=pause_s,
+                canary_gap=max(gaps),
+            )
+        )
+        async with self._changed:
+            self.version, self._is_proven = manifest.version, True
+            self._changed.notify_all()
+
+    async def _load(self, paths: Sequence[str], version: int) -> float:
+        """Seconds during which generation stood still."""
+        started_s = time.monotonic()
+        async with self._engine.paused():
+            self._is_proven = False
+            await self._engine.load(paths, version=version)
+        return time.monotonic() - started_s
+
+    async def _canary_gap(self, manifest: WeightManifest) -> float:
+        """Largest difference (nats); infinite if the engine returns a number that is none."""
+        got = await self._engine.prompt_logprobs(manifest.canary.token_ids)
+        gap = np.abs(got - np.array(manifest.canary.logprobs, dtype=np.float32)).max()
+        return float(gap) if np.isfinite(gap) else float("inf")
+
+
+def _write_buckets(manifest: WeightManifest, payloads: Sequence[bytes | memoryview], directory: Path) -> list[str]:
+    """Check every payload against its bucket and lay it down as a file; returns the paths."""
+    paths = []
+    for number, (spec, payload) in enumerate(zip(manifest.buckets, payloads, strict=True)):
+        checksum = payload_checksum(payload)
+        if checksum != spec.checksum:
+            raise WeightSyncFailed(
+                f"bucket {number} of version {manifest.version} has checksum {checksum}, published was {spec.checksum}"
+            )
+        path = directory / f"{number:05d}.safetensors"
+        path.write_bytes(payload)
+        paths.append(str(path))
+    return paths

@@ -1,0 +1,261 @@
+"""A rollout worker: leases prompts, generates and scores their groups, appends them, and keeps its weights new.
+
+    PromptSource ──lease──▶ lease loop ──▶ group task × groups_in_flight ──append──▶ GroupSink
+                                               │ engine.generate, rewards
+    WeightSource ──newest, fetch──▶ sync loop ─┴─ pause, load, resume, canary
+
+Plain asyncio: engine, rewards and the three sources are given, so that a test can pass others. A failed trajectory is
+data and becomes an outcome; a failed component (engine, reward pool, store) raises out of ``run()``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+from r2vpo.records import (
+    Evaluation,
+    GroupSink,
+    Lease,
+    LeaseAnswer,
+    PromptSource,
+    RolloutStats,
+    WeightSource,
+)
+from rollout.config import RolloutConfig
+from rollout.generation import Engine, request_seed
+from rollout.groups import failed_group, scored_group
+from rollout.rewards import RewardPool
+from rollout.sync import WeightSync
+from rollout.tasks.base import Task
+
+ASK_S = 5.0
+"""Longest single wait for a lease or a manifest (seconds); the loops ask again, so it bounds only one call."""
+
+Tokenize = Callable[[str], list[int]]
+"""Text of a prompt to token ids, chat template included."""
+
+
+class RolloutWorker:
+    """One engine's worth of rollouts. ``run()`` works until ``stop()`` or until the job needs no further prompt."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        config: RolloutConfig,
+        seed: int,
+        engine: Engine,
+        task: Task,
+        tokenize: Tokenize,
+        rewards: RewardPool,
+        prompts: PromptSource,
+        groups: GroupSink,
+        weights: WeightSource,
+        sync: WeightSync,
+    ) -> None:
+        self.name = name
+        self._config = config
+        self._seed = seed
+        self._engine = engine
+        self._task = task
+        self._tokenize = tokenize
+        self._rewards = rewards
+        self._prompts = prompts
+        self._groups = groups
+        self._weights = weights
+        self._sync = sync
+        self._stopping = asyncio.Event()
+        self._tasks: dict[asyncio.Task[None], Lease] = {}
+        self._waits_for = "the first weights"
+        self._num_groups = self._num_trajectories = self._num_tokens = 0
+        self._clock = BusyClock()
+
+    async def run(self) -> None:
+        """Serve until stopped; raises what a component raised. All leases have gone back when it returns."""
+        waits = [asyncio.create_task(w) for w in (self._sync_loop(), self._lease_loop(), self._stopping.wait())]
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in done:
+                wait.result()
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+            await self._discard_in_flight()
+            self._waits_for = "nothing: it has stopped"
+
+    def stop(self) -> None:
+        """Take no further lease, return those in flight, and let ``run()`` end."""
+        self._stopping.set()
+
+    async def evaluate(self, *, version: int, num_prompts: int, timeout_s: float) -> Evaluation:
+        """Mean reward on the first ``num_prompts`` held-out prompts, once the engine holds ``version``.
+
+        Responses without a verdict are left out of the mean. ``TimeoutError`` if the version does not arrive in time.
+        """
+        async with asyncio.timeout(timeout_s):
+            await self._sync.reached(version)
+        count = min(num_prompts, self._task.num_eval_prompts)
+        sampled = await self._mean_reward(count, temperature=self._config.temperature)
+        greedy = await self._mean_reward(count, temperature=0.0)
+        return Evaluation(
+            version=self._sync.version, accuracy=sampled[0], greedy_accuracy=greedy[0], num_prompts=sampled[1]
+        )
+
+    def stats(self) -> RolloutStats:
+        """What this worker did since its first verified sync; each sync is reported once."""
+        busy_s, alive_s = self._clock.read()
+        return RolloutStats(
+            worker=self.name,
+            version=self._sync.version,
+            groups=self._num_groups,
+            trajectories=self._num_trajectories,
+            tokens=self._num_tokens,
+            busy_s=busy_s,
+            alive_s=alive_s,
+            in_flight=len(self._tasks),
+            waits_for=self._waits_for,
+            new_syncs=self._sync.take_records(),
+        )
+
+    async def _sync_loop(self) -> None:
+        """Consumes manifests; waits for the next version; unblocked by the learner's publication; produces new weights.
+
+        While a version is loaded and not yet proven by the canary, no lease is taken and no group is appended. A
+        canary that fails discards all groups in flight: some of their tokens came from weights that have no name.
+        """
+        while True:
+            manifest = await self._weights.newest(after=self._sync.version, timeout_s=ASK_S)
+            if manifest is None:
+                continue
+            try:
+                payloads = await self._weights.fetch(manifest)
+            except LookupError:
+                continue  # superseded while we asked: the next manifest is newer
+            await self._sync.apply(manifest, payloads, on_mismatch=self._discard_in_flight)
+
+    async def _lease_loop(self) -> None:
+        """Consumes leases; waits for a free slot, proven weights and the limiter; produces group tasks.
+
+        Unblocked by a finished group, by the sync loop, and by the learner's commits. An ask that still waits when new
+        weights arrive is asked again under the new version; the store then answers the old one at once.
+        """
+        asks: dict[asyncio.Task[LeaseAnswer], int] = {}
+        while True:
+            await self._sync.proven()
+            self._clock.start()
+            version = self._sync.version
+            free = self._config.groups_in_flight - len(self._tasks)
+            if free and version not in asks.values():
+                lease = self._prompts.lease(worker=self.name, version=version, count=free, timeout_s=ASK_S)
+                asks[asyncio.create_task(_awaited(lease))] = version
+            newer = asyncio.create_task(self._sync.reached(version + 1))
+            await asyncio.wait({newer, *asks, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
+            newer.cancel()
+            self._reap()
+            for ask in [a for a in asks if a.done()]:
+                del asks[ask]
+                self._accept(ask.result())
+
+    def _accept(self, answer: LeaseAnswer) -> None:
+        """Start a group task for every lease of an answer."""
+        self._waits_for = "nothing: the job needs no further prompt" if answer.exhausted else answer.reason
+        for lease in answer.leases:
+            self._tasks[asyncio.create_task(self._generate(lease))] = lease
+        self._clock.set_busy(bool(self._tasks))
+
+    async def _generate(self, lease: Lease) -> None:
+        """From lease to append. A prompt that the engine refuses becomes a group of errors, and is not asked again."""
+        prompt = self._task.prompt(lease.index)
+        token_ids = self._tokenize(prompt.text)
+        try:
+            completions = await self._engine.generate(
+                token_ids,
+                n=self._config.group_size,
+                seed=request_seed(self._seed, lease.key),
+                temperature=self._config.temperature,
+                max_tokens=self._config.max_tokens,
+            )
+        except ValueError as error:
+            group = failed_group(lease, prompt, token_ids, size=self._config.group_size, worker=self.name, error=error)
+        else:
+            verdicts = await self._rewards.score([(c.text, prompt.truth) for c in completions])
+            group = scored_group(lease, prompt, token_ids, completions, verdicts, worker=self.name)
+        await self._sync.proven()
+        if await self._groups.append(group):
+            self._num_groups += 1
+            self._num_trajectories += len(group.trajectories)
+            self._num_tokens += sum(t.num_trained_tokens for t in group.trajectories)
+
+    def _reap(self) -> None:
+        """Forget finished group tasks and raise what one of them raised."""
+        for task in [t for t in self._tasks if t.done()]:
+            del self._tasks[task]
+            if not task.cancelled():
+                task.result()
+        self._clock.set_busy(bool(self._tasks))
+
+    async def _discard_in_flight(self) -> None:
+        """Cancel every group task and give its prompt back."""
+        tasks, self._tasks = self._tasks, {}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._clock.set_busy(False)
+        if tasks:
+            await self._prompts.release(worker=self.name, keys=tuple(lease.key for lease in tasks.values()))
+
+    async def _mean_reward(self, count: int, *, temperature: float) -> tuple[float, int]:
+        """Mean reward and number of verdicts over the first ``count`` held-out prompts, one response each."""
+        slots = asyncio.Semaphore(self._config.groups_in_flight * self._config.group_size)
+
+        async def one(index: int) -> float | None:
+            prompt = self._task.eval_prompt(index)
+            async with slots:
+                [completion] = await self._engine.generate(
+                    self._tokenize(prompt.text),
+                    n=1,
+                    seed=request_seed(self._seed, f"eval.{index}"),
+                    temperature=temperature,
+                    max_tokens=self._config.max_tokens,
+                )
+            [verdict] = await self._rewards.score([(completion.text, prompt.truth)])
+            return verdict.reward
+
+        rewards = [r for r in await asyncio.gather(*(one(i) for i in range(count))) if r is not None]
+        return (sum(rewards) / len(rewards) if rewards else float("nan")), len(rewards)
+
+
+async def _awaited(answer: Awaitable[LeaseAnswer]) -> LeaseAnswer:
+    return await answer
+
+
+class BusyClock:
+    """Seconds spent with work in flight, and seconds altogether, since ``start()``."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._started_s: float | None = None
+        self._busy_since_s: float | None = None
+        self._busy_s = 0.0
+
+    def start(self) -> None:
+        """Begin to count; later calls change nothing."""
+        if self._started_s is None:
+            self._started_s = self._now()
+
+    def set_busy(self, busy: bool) -> None:
+        """Say whether work is in flight from now on."""
+        if busy and self._busy_since_s is None:
+            self._busy_since_s = self._now()
+        if not busy and self._busy_since_s is not None:
+            self._busy_s += self._now() - self._busy_since_s
+            self._busy_since_s = None
+
+    def read(self) -> tuple[float, float]:
+        """``(busy, altogether)`` in seconds."""
+        now_s = self._now()
+        busy_s = self._busy_s + (now_s - self._busy_since_s if self._busy_since_s is not None else 0.0)
+        return busy_s, (now_s - self._started_s if self._started_s is not None else 0.0)

@@ -1,0 +1,87 @@
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from r2vpo.job.rundir import RunDir, RunDirError, next_free, write_atomic
+
+
+def test_a_new_run_has_its_folders_and_holds_its_name(tmp_path):
+    with RunDir.create(tmp_path / "runs", "a") as run:
+        assert run.name == "a"
+        assert sorted(entry.name for entry in run.path.iterdir()) == ["checkpoints", "lock", "logs", "replay"]
+        with pytest.raises(RunDirError, match=r"name=a is occupied.*--resume.*name=…"):
+            RunDir.create(tmp_path / "runs", "a")
+
+
+def test_opening_needs_a_run_that_nobody_runs(tmp_path):
+    with pytest.raises(RunDirError, match="there is no run .*; start it without --resume"):
+        RunDir.open(tmp_path, "a")
+    run = RunDir.create(tmp_path, "a")
+    run.write_config("name: a\n")
+    with pytest.raises(RunDirError, match=f"is being run by process {os.getpid()}"):
+        RunDir.open(tmp_path, "a")
+    run.close()
+    RunDir.open(tmp_path, "a").close()
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    RunDir.create(tmp_path, "a").write_config("name: a\n")
+    hold = (
+        "import sys, time; from pathlib import Path; from r2vpo.job.rundir import RunDir\n"
+        "run = RunDir.open(Path(sys.argv[1]), 'a'); print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"held\n"
+    with pytest.raises(RunDirError, match=f"is being run by process {process.pid}"):
+        RunDir.open(tmp_path, "a")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    RunDir.open(tmp_path, "a").close()
+
+
+def test_the_next_free_name_follows_the_highest_number(tmp_path):
+    assert next_free(tmp_path / "none", "q") == "q-1"
+    for name in ("q-2", "q-10", "q", "q-x", "qq-30", "q-4.bak"):
+        (tmp_path / name).mkdir()
+    assert next_free(tmp_path, "q") == "q-11"
+
+
+def _take_next(root: Path, count: int) -> list[str]:
+    return [RunDir.create_next(root, "q").name for _ in range(count)]
+
+
+def test_processes_that_race_for_the_next_name_get_different_ones(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        names = sum(pool.starmap(_take_next, [(tmp_path, 10)] * 3), [])
+    assert sorted(names) == sorted(f"q-{number}" for number in range(1, 31))
+
+
+def test_a_name_that_cannot_be_made_is_an_error_and_not_a_loop(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(RunDirError, match="cannot make"):
+        RunDir.create_next(file / "runs", "q")
+
+
+def test_a_write_that_fails_leaves_the_old_content_and_no_rubbish(tmp_path):
+    target = tmp_path / "summary.json"
+    write_atomic(target, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(target, "new \ud800")
+    assert target.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_the_summary_is_json_without_nan(tmp_path):
+    with RunDir.create(tmp_path, "a") as run:
+        run.write_summary({"λ": 1.5})
+        assert json.loads(run.summary.read_text()) == {"λ": 1.5}
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            run.write_summary({"x": float("nan")})

@@ -20,6 +20,7 @@ import ray
 from learner.board import WeightBoard
 from learner.config import LearnerConfig
 from r2vpo.algorithm.config import AlgorithmConfig
+from r2vpo.logfile import redirect_output
 from r2vpo.records import SampledBatch, WeightManifest
 
 if TYPE_CHECKING:
@@ -46,8 +47,11 @@ class LearnerRank:
         off_policy: bool,
         exact_engine: bool,
         seed: int,
+        log_path: str | None = None,
     ) -> None:
-        """See `learner.trainer.LearnerTrainer` for the settings."""
+        """See `learner.trainer.LearnerTrainer` for the settings; ``log_path`` takes what the process prints."""
+        if log_path is not None:
+            redirect_output(Path(log_path))
         self._rank, self._world_size, self._config, self._model_path = rank, world_size, config, model_path
         self._settings: dict[str, Any] = {
             "config": config,

@@ -39,10 +39,11 @@ class WeightBoard(Generic[Reference]):
         Waits for `post`, and for nothing else.
         """
         async with self._posted:
-            try:
-                await asyncio.wait_for(self._posted.wait_for(lambda: self._newest_version() > after), timeout_s)
-            except TimeoutError:
-                return None
+            if self._newest_version() <= after:
+                try:
+                    await asyncio.wait_for(self._posted.wait_for(lambda: self._newest_version() > after), timeout_s)
+                except TimeoutError:
+                    return None
             return self._posts[self._newest_version()][0]
 
     async def references(self, version: int) -> tuple[Reference, ...]:

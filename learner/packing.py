@@ -23,8 +23,10 @@ def balanced_bins(sizes: Sequence[int], *, multiple: int, capacity: int) -> Bins
     >>> balanced_bins([5, 3, 3, 2, 1], multiple=2, capacity=8)
     [[0, 3], [1, 2, 4]]
     """
+    oversized = sum(size > capacity for size in sizes)
+    by_load = oversized + ceil(sum(size for size in sizes if size <= capacity) / capacity)
     # Two items above half the capacity never share a bin; starting there saves the search many vain rounds.
-    fewest = max(ceil(sum(sizes) / capacity), sum(2 * size > capacity for size in sizes), 1)
+    fewest = max(by_load, sum(2 * size > capacity for size in sizes), 1)
     num_bins = ceil(fewest / multiple) * multiple
     while True:
         bins = _deal(sizes, num_bins)

@@ -1,12 +1,14 @@
 """The command line: ``r2vpo train CONFIG.yaml [key=value …]``.
 
-Every check that needs no heavy import comes first, in the order of what it costs; only when all have passed is the folder
-of the run made and the driver, with Ray behind it, imported. Whatever is wrong ends in one sentence on standard error.
+Every check that needs no heavy import comes first, in the order of what it costs; only when all have passed is the
+folder of the run made and the driver, with Ray behind it, imported. Whatever is wrong ends in one sentence on standard
+error.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -61,10 +63,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"r2vpo {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = _Parser(add_help=False)
     shared.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the settings of the run")
     shared.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="changes a setting, such as learner.steps=200; the last one wins"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="changes a setting, such as learner.steps=200; the last one wins",
     )
     train = commands.add_parser(
         "train",
@@ -112,6 +117,7 @@ def _train(arguments: argparse.Namespace) -> int:
         for sentence in (*warnings, *config.notes):
             print(f"r2vpo: note: {sentence}", file=sys.stderr)
         run.write_config(to_yaml(config))
+        os.environ.update(config.ray.environment())
         from r2vpo.job.driver import run_job  # brings Ray: only now
 
         return run_job(config, run, resume=arguments.resume)

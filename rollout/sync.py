@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from r2vpo.checksum import payload_checksum
+from r2vpo.checksum import verify_bucket
 from r2vpo.records import NO_VERSION, SyncRecord, WeightManifest
 from rollout.generation import Engine
 
@@ -120,11 +120,10 @@ def _write_buckets(manifest: WeightManifest, payloads: Sequence[bytes | memoryvi
     """Check every payload against its bucket and lay it down as a file; returns the paths."""
     paths = []
     for number, (spec, payload) in enumerate(zip(manifest.buckets, payloads, strict=True)):
-        checksum = payload_checksum(payload)
-        if checksum != spec.checksum:
-            raise WeightSyncFailed(
-                f"bucket {number} of version {manifest.version} has checksum {checksum}, published was {spec.checksum}"
-            )
+        try:
+            verify_bucket(payload, spec)
+        except ValueError as error:
+            raise WeightSyncFailed(f"version {manifest.version}: {error}") from error
         path = directory / f"{number:05d}.safetensors"
         path.write_bytes(payload)
         paths.append(str(path))

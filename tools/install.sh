@@ -56,9 +56,9 @@ diagnosis() {
         echo "the disk is full: .venv needs about $needed_gb GB in $PWD; make room and run make again"
     elif grep -q -E "$no_network" "$log"; then
         echo "no network: pip could not reach its package index for this step; check the connection (or pip's" \
-            "settings) and run make again; pip's own words are in $log"
+            "settings) and run make again; all its words are in $log"
     else
-        echo "pip failed: $(grep -i -E '^ *error' "$log" | tail -n 1 | cut -c -300 || true); its own words are in $log"
+        echo "the step failed: $(grep -i error "$log" | tail -n 1 | cut -c -300 || true); all its words are in $log"
     fi
 }
 
@@ -67,9 +67,13 @@ install_torch() {
     "${pip[@]}" "$torch" || "${pip[@]}" --index-url "$torch_cpu_index" "$torch"
 }
 
-# pip would compile on one core. Some packages hold templates that do not compile, which is no fault.
-compile_all() {
-    .venv/bin/python -m compileall -q -j 0 .venv/lib || true
+# Shows that the stack loads, and leaves bytecode for what the job imports; compiling all the rest costs a minute.
+load_stack() {
+    env -u PYTHONDONTWRITEBYTECODE .venv/bin/python - <<'PYTHON'
+import ray, torch, transformers, wandb
+import vllm.v1.engine.async_llm, vllm.v1.engine.core, vllm.v1.worker.cpu_worker
+import transformers.models.qwen2.modeling_qwen2
+PYTHON
 }
 
 exec 9<"${BASH_SOURCE[0]}" && flock 9 # a second make waits here for the first one's install
@@ -95,8 +99,8 @@ echo "Installing into .venv: 2 to 4 minutes, $needed_gb GB (details in $log)"
 step "$("$python" -V)" "$python" -m venv .venv
 step "torch ${torch#torch==}" install_torch
 step "$(wc -l <.venv/tmp/rest.txt) packages: vLLM, Ray, transformers, tools" "${pip[@]}" -r .venv/tmp/rest.txt
-step "bytecode" compile_all
-step "deepspeed ${deepspeed#deepspeed==}" "${pip[@]}" --no-build-isolation "$deepspeed"
+step "first import of the stack" load_stack
+step "deepspeed ${deepspeed#deepspeed==}" "${pip[@]}" --compile --no-build-isolation "$deepspeed"
 step "r2vpo, from this checkout" "${pip[@]}" --no-build-isolation --editable .
 rm -rf .venv/tmp
 touch "$stamp"

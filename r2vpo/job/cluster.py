@@ -1,6 +1,6 @@
 """The Ray cluster of a job: start a private one or join one, and check that the actors will fit.
 
-A private Ray listens on the loopback address only and ends with the job.
+A private Ray listens on the loopback address only (see ``RayConfig.environment``) and ends with the job.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import ray
 from r2vpo.job.config import ConfigError, RunConfig
 
 MIB = 1 << 20
-LOOPBACK = "127.0.0.1"
 OBJECT_STORE_MB = 512
 """Object store (MiB) of a private Ray unless set: weights and batches of a model that a laptop can train."""
 
@@ -35,7 +34,6 @@ class Cluster:
 
 def open_cluster(config: RunConfig) -> Cluster:
     """Start or join Ray. Raises ``ConfigError`` if the job's actors cannot be placed, naming need and supply."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # An actor without GPUs keeps CUDA_VISIBLE_DEVICES as it finds it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     need_cpus = config.rollout.workers * config.rollout.num_cpus + config.learner.ranks * config.learner.num_cpus
@@ -48,7 +46,6 @@ def open_cluster(config: RunConfig) -> Cluster:
             num_cpus=int(cpus + 0.999),
             object_store_memory=(config.ray.object_store_mb or OBJECT_STORE_MB) * MIB,
             include_dashboard=False,
-            _node_ip_address=LOOPBACK,
             **common,
         )
     else:

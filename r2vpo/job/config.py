@@ -73,6 +73,15 @@ class RayConfig:
         if self.object_store_mb is not None:
             require.at_least("ray.object_store_mb", self.object_store_mb, 80)
 
+    def environment(self) -> dict[str, str]:
+        """Variables that must be set before Ray is imported."""
+        common = {"RAY_USAGE_STATS_ENABLED": "0"}
+        if self.address is not None:
+            return common
+        # Ray's switch for machines that cannot form clusters: every server of a private Ray then listens on 127.0.0.1
+        # instead of on all interfaces, which its own address setting does not achieve.
+        return common | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -104,22 +113,22 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.name):
             raise ValueError(
-                f"name={self.name} cannot name a folder; use letters, digits, `.`, `_` and `-`, beginning with a letter "
-                "or a digit (at most 128)"
+                f"name={self.name} cannot name a folder; use letters, digits, `.`, `_` and `-`, at most 128, "
+                "beginning with a letter or a digit"
             )
         require.between("seed", self.seed, 0, 2**31 - 1)
         if self.num_fresh < self.learner.minibatches:
             raise ValueError(
                 f"learner.minibatches={self.learner.minibatches} exceeds the {self.num_fresh} fresh groups that "
                 f"learner.groups_per_step={self.learner.groups_per_step} and replay.stale_fraction="
-                f"{self.replay.stale_fraction} leave: the first step has no stale group, and a minibatch needs at least "
-                "one; lower minibatches or stale_fraction, or raise groups_per_step"
+                f"{self.replay.stale_fraction} leave: the first step has no stale group, and a minibatch needs one "
+                "at least; lower minibatches or stale_fraction, or raise groups_per_step"
             )
         if self.algorithm.step_control and self.learner.minibatches < 2:
             raise ValueError(
-                f"algorithm.step_control=true has nothing to measure with learner.minibatches={self.learner.minibatches}"
-                ": V is 0 at the only optimiser step of a learner step; set minibatches to 2 or more, or "
-                "step_control=null"
+                "algorithm.step_control=true has nothing to measure with learner.minibatches="
+                f"{self.learner.minibatches}: V is 0 at the only optimiser step of a learner step; set it to 2 "
+                "or more, or step_control=null"
             )
         if self.ray.num_cpus is not None and self.ray.num_cpus < self.reserved_cpus:
             raise ValueError(
@@ -155,7 +164,7 @@ class RunConfig:
         notes: list[str] = []
         if self.algorithm.name == "r2vpo" and self.learner.minibatches == 1:
             notes.append(
-                "learner.minibatches=1: V is always 0, so neither λ nor step control acts; this is plain policy gradient"
+                "learner.minibatches=1: V is always 0, so neither λ nor step control acts: plain policy gradient"
             )
         if self.replay.stale_fraction > 0 and self.num_stale == 0:
             notes.append(

@@ -15,11 +15,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from learner.checkpoint import Checkpoint, newest
+from learner.checkpoint import newest, read_state
 from rollout.tasks.factory import make_task
 
 from r2vpo.job.cluster import Cluster, open_cluster
@@ -80,7 +81,7 @@ class Job:
         error = ""
         with self._stop:
             checkpoint = newest(self._run.checkpoints) if resume else None
-            self._next_step = checkpoint.step if checkpoint else 0
+            self._next_step = read_state(checkpoint)["version"] if checkpoint else 0
             self._tracker = Tracker(self._config, self._run, resume_step=self._next_step, note=self._view.note)
             try:
                 await self._live(checkpoint, resume)
@@ -106,7 +107,7 @@ class Job:
         self._view.finish(summary)
         return EXIT_CODES[status]
 
-    async def _live(self, checkpoint: Checkpoint | None, resume: bool) -> None:
+    async def _live(self, checkpoint: Path | None, resume: bool) -> None:
         """Everything between the first process and the last."""
         self._view.phase("Ray")
         cluster = open_cluster(self._config)
@@ -117,9 +118,13 @@ class Job:
             if serving is not None:
                 await self._until_first(self._train(), serving)
         finally:
-            await self._read_totals()
-            await self._fleet.stop()
-            await self._replay.close.remote()
+            # What fails here fails after the run's own outcome, which must not be hidden by it.
+            with suppress(*JOB_ERRORS):
+                await self._read_totals()
+            with suppress(*JOB_ERRORS):
+                await self._fleet.stop()
+            with suppress(*JOB_ERRORS):
+                await asyncio.wait_for(self._replay.close.remote(), STOP_GRACE_S)
 
     def _place(self, cluster: Cluster, resume: bool) -> None:
         """Create every actor; none of them works yet."""
@@ -139,7 +144,7 @@ class Job:
             config, cluster, model_path=model_path, replay=self._replay, board=self._learners.board, logs=logs
         )
 
-    async def _start(self, checkpoint: Checkpoint | None) -> dict[str, asyncio.Future[None]]:
+    async def _start(self, checkpoint: Path | None) -> dict[str, asyncio.Future[None]]:
         """Learner and engines start side by side; workers serve once they hold the learner's weights."""
         config = self._config
         self._view.phase(f"{_count(config.learner.ranks, 'learner rank')}, {_count(config.rollout.workers, 'engine')}")
@@ -147,7 +152,7 @@ class Job:
         await self._replay.stats.remote()  # the store's own errors come first: they are quickest to see
         await self._learners.start()
         if checkpoint is not None:
-            await self._learners.load(checkpoint.path)
+            await self._learners.load(checkpoint)
         await engines
         self._view.phase("first weights to the workers")
         await self._learners.publish()
@@ -210,7 +215,7 @@ class Job:
         await self._learners.export(self._run.model.resolve())
 
     async def _save(self) -> None:
-        await self._learners.save(self._next_step, self._run.checkpoints.resolve())
+        await self._learners.save(self._run.checkpoints.resolve())
 
     async def _evaluate(self, label: str) -> None:
         evaluation = await self._fleet.evaluate(version=self._next_step)
@@ -220,9 +225,8 @@ class Job:
     async def _read_totals(self) -> None:
         """The last look at store and workers, for the summary."""
         async with asyncio.timeout(STOP_GRACE_S):
-            store, workers = await asyncio.gather(self._replay.stats.remote(), self._fleet.stats())
-        self._store = store
-        self._meter.add_syncs(workers)
+            self._store = await self._replay.stats.remote()
+            self._meter.add_syncs(await self._fleet.stats())
 
     async def _interruptible(self, work: Coroutine[Any, Any, T]) -> T | None:
         """The result of ``work``; None, with ``work`` cancelled, if the run is asked to stop first."""

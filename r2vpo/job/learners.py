@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from learner.actor import LearnerActor, WeightBoardActor
+from learner.actor import BoardActor, LearnerActor
 
 from r2vpo.job.cluster import Cluster
 from r2vpo.job.config import RunConfig
@@ -21,15 +21,15 @@ class Learners:
 
     def __init__(self, config: RunConfig, cluster: Cluster, *, model_path: str, logs: Path) -> None:
         self._timeout_s = config.learner.step_timeout_s
-        self.board = WeightBoardActor.remote()
+        self.board = BoardActor.remote()
         environment = {"OMP_NUM_THREADS": str(config.learner.omp_threads), "TOKENIZERS_PARALLELISM": "false"}
         if not cluster.on_gpu:
             environment["DS_ACCELERATOR"] = "cpu"
         options = cluster.options(config.learner.num_cpus, config.learner.num_gpus)
         self._ranks = [
             LearnerActor.options(**options, runtime_env={"env_vars": environment}).remote(
-                rank=rank,
-                world_size=config.learner.ranks,
+                rank,
+                config.learner.ranks,
                 config=config.learner,
                 algorithm=config.algorithm,
                 model_path=model_path,
@@ -59,9 +59,9 @@ class Learners:
         # One copy in the object store for all ranks.
         return await self._all("train_step", self._timeout_s, ray.put(batch))
 
-    async def save(self, step: int, directory: Path) -> None:
-        """Write the checkpoint of ``step`` under ``directory``."""
-        await self._all("save", self._timeout_s, step, str(directory))
+    async def save(self, directory: Path) -> None:
+        """Write a checkpoint of the current version below ``directory``."""
+        await self._all("save", self._timeout_s, str(directory))
 
     async def load(self, checkpoint: Path) -> int:
         """Continue from a checkpoint; returns its step."""

@@ -43,5 +43,5 @@ class WeightLink:
 
     async def fetch(self, manifest: WeightManifest) -> tuple[memoryview, ...]:
         """See ``WeightSource.fetch``."""
-        refs = await self.board.refs.remote(version=manifest.version)
+        refs = await self.board.references.remote(manifest.version)
         return tuple(memoryview(payload) for payload in await asyncio.gather(*refs))

@@ -69,7 +69,9 @@ def _check_model(config: RunConfig) -> ModelFacts:
     directory = path if path.is_dir() else None
     if directory is None:
         if path.exists():
-            raise ConfigError(f"model.path={path} is a file; name the directory that holds config.json and *.safetensors")
+            raise ConfigError(
+                f"model.path={path} is a file; name the directory that holds config.json and *.safetensors"
+            )
         if not _may_be_hub_id(config.model.path):
             raise ConfigError(f"model.path={path} does not exist; name a model directory, or a hub id such as org/name")
         directory = _find_on_hub(config.model.path)
@@ -105,7 +107,9 @@ def read_model(directory: Path) -> ModelFacts:
                 "convert them with save_pretrained, which writes *.safetensors"
             )
         raise ConfigError(f"{where} has no *.safetensors; name a directory with the model's weights")
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+    if not any(
+        (directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    ):
         raise ConfigError(f"{where} has no tokenizer (tokenizer.json); save it there with tokenizer.save_pretrained")
     index = directory / "model.safetensors.index.json"
     if index.is_file():
@@ -183,7 +187,9 @@ def _find_on_hub(model_id: str) -> Path | None:
             "path, or fetch the model where there is a network"
         ) from None
     if not any(file.rfilename.endswith(".safetensors") for file in files):
-        raise ConfigError(f"model.path={model_id}: the model on the hub has no *.safetensors; pickled weights are refused")
+        raise ConfigError(
+            f"model.path={model_id}: the model on the hub has no *.safetensors; pickled weights are refused"
+        )
     return None
 
 

@@ -4,8 +4,8 @@
                 ├─ read against the schema (unknown keys, sections, lines) ─▶ OmegaConf merge (types) ─▶ dataclasses
     key=value ──┘
 
-YAML is read with 1.2 scalars: `off` is a word and `1e-6` a number (YAML 1.1 makes them False and text), a key given twice
-is an error, and there are no Python tags. A setting whose type is text takes what was written, as it was written.
+YAML is read with 1.2 scalars: `off` is a word and `1e-6` a number (YAML 1.1 makes them False and text), a key given
+twice is an error, and there are no Python tags. A setting whose type is text takes what was written, as it was written.
 """
 
 from __future__ import annotations

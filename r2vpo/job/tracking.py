@@ -2,8 +2,8 @@
 
     driver ──step──▶ metrics.jsonl ──followed by──▶ wandb_mirror (own process) ──▶ W&B, or wandb/ in the run's folder
 
-The job itself writes one file and never touches W&B: whatever happens there (no key, no network, a crash, a hang) costs a
-sentence, not the run.
+The job itself writes one file and never touches W&B: whatever happens there (no key, no network, a crash, a hang)
+costs a sentence, not the run.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Tracker:
 
 
 class Mirror:
-    """The process that copies metrics.jsonl to W&B. It ends when its standard input closes, so never outlives the job."""
+    """The process that copies metrics.jsonl to W&B. It ends when its standard input closes, so with the job."""
 
     def __init__(self, config: RunConfig, run: RunDir) -> None:
         self._log = run.logs / "wandb.log"
@@ -103,7 +103,9 @@ class Mirror:
             self._is_over = True
             self._stdout.close()
             if self._was_slow:
-                sentences.append("W&B did not take over the last metrics in time and was ended; metrics.jsonl has them all")
+                sentences.append(
+                    "W&B did not take over the last metrics in time and was ended; metrics.jsonl has them all"
+                )
             elif ended != 0:
                 sentences.append(f"W&B is off: its process ended with code {ended}; {self._log} says why")
         return sentences

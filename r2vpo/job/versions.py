@@ -64,7 +64,7 @@ def check_stack(*, allow_untested: bool | None = None) -> tuple[str, ...]:
     """Compare what is installed with ``STACKS``; warnings are returned, everything else raises ``StackError``.
 
     Args:
-        allow_untested: take an untested pair with a warning; by default whether ``R2VPO_ALLOW_UNTESTED_STACK=1`` is set.
+        allow_untested: take an untested stack with a warning; by default what ``R2VPO_ALLOW_UNTESTED_STACK`` says.
     """
     if allow_untested is None:
         allow_untested = os.environ.get(OVERRIDE, "") not in ("", "0")

@@ -84,7 +84,11 @@ def test_values_arrive_as_written(load, yaml_text, override, key, value):
         ("- model", (), ["a.yaml:1: the file must be a mapping of settings"]),
         ("model:", (), ["model.path is required and has no default"]),
         ("model: {path: ''}", (), ["model.path is empty"]),
-        ("name: !!python/object/apply:os.getcwd []", (), ["a.yaml:1: not valid YAML: could not determine a constructor"]),
+        (
+            "name: !!python/object/apply:os.getcwd []",
+            (),
+            ["a.yaml:1: not valid YAML: could not determine a constructor"],
+        ),
         ("seed: ${learner.stepz}", (), ["a.yaml:1: seed", "learner.stepz"]),
         ("", ("learner.lr=.inf",), ["learner.lr=inf must be a finite number"]),
         ("", ("name=a/b",), ["name=a/b cannot name a folder"]),

@@ -20,7 +20,7 @@ def test_a_new_run_has_its_folders_and_holds_its_name(tmp_path):
 
 
 def test_opening_needs_a_run_that_nobody_runs(tmp_path):
-    with pytest.raises(RunDirError, match="there is no run .*; start it without --resume"):
+    with pytest.raises(RunDirError, match=r"there is no run .*; start it without --resume"):
         RunDir.open(tmp_path, "a")
     run = RunDir.create(tmp_path, "a")
     run.write_config("name: a\n")
@@ -31,7 +31,8 @@ def test_opening_needs_a_run_that_nobody_runs(tmp_path):
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
-    RunDir.create(tmp_path, "a").write_config("name: a\n")
+    with RunDir.create(tmp_path, "a") as run:
+        run.write_config("name: a\n")
     hold = (
         "import sys, time; from pathlib import Path; from r2vpo.job.rundir import RunDir\n"
         "run = RunDir.open(Path(sys.argv[1]), 'a'); print('held', flush=True); time.sleep(60)"
@@ -59,7 +60,7 @@ def _take_next(root: Path, count: int) -> list[str]:
 
 def test_processes_that_race_for_the_next_name_get_different_ones(tmp_path):
     with multiprocessing.get_context("spawn").Pool(3) as pool:
-        names = sum(pool.starmap(_take_next, [(tmp_path, 10)] * 3), [])
+        names = [name for taken in pool.starmap(_take_next, [(tmp_path, 10)] * 3) for name in taken]
     assert sorted(names) == sorted(f"q-{number}" for number in range(1, 31))
 
 

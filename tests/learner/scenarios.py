@@ -1,0 +1,348 @@
+"""What the real DeepSpeed engine does, measured in processes of its own; ``test_trainer.py`` runs this file and judges.
+
+    python -m tests.learner.scenarios RANK RANKS PORT DIRECTORY SCENARIO…
+
+Every rank runs the scenarios in order; rank 0 prints one JSON object with the result of each by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    OPTConfig,
+    OPTForCausalLM,
+)
+from transformers.utils import logging as transformers_logging
+
+from learner import engine
+from learner.checkpoint import newest
+from learner.collate import LagViolation
+from learner.config import LearnerConfig
+from learner.engine import init_distributed
+from learner.trainer import LearnerTrainer
+from r2vpo.algorithm.config import AlgorithmConfig
+from r2vpo.algorithm.reference import ReferenceTrainer
+from r2vpo.checksum import verify_bucket
+from r2vpo.records import SampledBatch
+from tests.learner.batches import batch, sampled_batches, trajectory
+from tests.tiny_models import log_probs, make_model
+
+CONFIG = LearnerConfig(
+    groups_per_step=6,
+    minibatches=3,
+    lr=1e-3,
+    warmup_steps=4,
+    weight_decay=0.1,
+    micro_batch_tokens=40,
+    # The gradient of a key's bias is zero but for rounding; Adam with a small eps would make a step of it.
+    adam_eps=1e-5,
+)
+
+
+def make_trainer(model: Path, *, algorithm: AlgorithmConfig | None = None, exact: bool = True, **changes):
+    return LearnerTrainer(
+        dataclasses.replace(CONFIG, **changes),
+        algorithm or AlgorithmConfig(),
+        model_path=str(model),
+        temperature=0.8,
+        max_lag=3,
+        max_replay_lag=3,
+        off_policy=True,
+        exact_engine=exact,
+        seed=3,
+    )
+
+
+def weights(trainer: LearnerTrainer) -> dict[str, torch.Tensor]:
+    return trainer.engine.gather([spec.name for spec in trainer.engine.tensors]) or {}
+
+
+def largest_gap(a, b) -> float:
+    return max((float((a[name] - b[name]).detach().abs().max()) for name in a), default=0.0)
+
+
+def run(trainer: LearnerTrainer, batches) -> list[dict[str, float]]:
+    metrics = [trainer.step(b) for b in batches]
+    return [{k: v for k, v in m.items() if not k.startswith("time/")} for m in metrics]
+
+
+def reference(directory: Path, **settings):
+    """Losses, V, λ, s and parameters against the reference trainer, over four steps, the last two with stale groups."""
+    algorithm = AlgorithmConfig(name=settings.pop("name", "r2vpo"))
+    model_path = directory / "model"
+    batches = sampled_batches(model_path, steps=4)
+    trainer = make_trainer(model_path, algorithm=algorithm, **settings)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    other = ReferenceTrainer(
+        model,
+        algorithm=algorithm,
+        off_policy=True,
+        lr=CONFIG.lr,
+        warmup_steps=CONFIG.warmup_steps,
+        weight_decay=CONFIG.weight_decay,
+        betas=(CONFIG.adam_beta1, CONFIG.adam_beta2),
+        eps=CONFIG.adam_eps,
+        grad_clip=CONFIG.grad_clip,
+        minibatches=CONFIG.minibatches,
+        temperature=0.8,
+        seed=3,
+    )
+    gaps = dict.fromkeys(("loss", "second_moment", "lambda", "scale", "grad_norm", "weights"), 0.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for b in batches:
+        ours, theirs = trainer.step(b), other.step(b)
+        now = {
+            "loss": abs(ours["step/loss"] - theirs["loss"]),
+            "second_moment": abs(ours["dual/second_moment"] - theirs["second_moment"]),
+            "lambda": abs(ours["dual/lambda"] - theirs["lam"]),
+            "scale": abs(ours["control/scale"] - theirs["step_scale"]),
+            "grad_norm": abs(ours["step/grad_norm"] / np.mean(theirs["grad_norm"]) - 1),
+            "weights": largest_gap(weights(trainer), dict(model.named_parameters())),
+        }
+        gaps = {name: max(gap, now[name]) for name, gap in gaps.items()}
+    return {
+        "gaps": gaps,
+        "moved": largest_gap(before, dict(model.named_parameters())),
+        "proximal_tokens": ours["train/proximal_tokens"],
+        "tokens": ours["train/tokens"],
+        "optimizer_steps": trainer.num_optimizer_steps,
+    }
+
+
+def trained(directory: Path, **settings):
+    """Metrics of four steps; the weights after them go to a file that the test reads."""
+    name = settings.pop("name")
+    trainer = make_trainer(directory / "model", **settings)
+    metrics = run(trainer, sampled_batches(directory / "model", steps=4))
+    after = weights(trainer)
+    if trainer.engine.rank == 0:
+        np.savez(directory / f"{name}.npz", **{k: v.float().numpy() for k, v in after.items()})
+    return metrics
+
+
+def bad_step(directory: Path, **settings):
+    """One NaN among the behaviour log-probs, as an engine in trouble might report it, then a good batch."""
+    trainer = make_trainer(directory / "model", minibatches=1, **settings)
+    good = sampled_batches(directory / "model", steps=2)
+    broken = [[trajectory([3, 4], reward=r, logprob=float("nan") if r else -1.0) for r in (0.0, 1.0)]]
+    before = weights(trainer)
+    bad = trainer.step(batch(broken))
+    between = weights(trainer)
+    after_bad = (trainer.num_optimizer_steps, trainer.dual.lam, trainer.step_control.scale, trainer.version)
+    fine = trainer.step(good[1])
+    return {
+        "bad_steps": bad["learner/bad_steps"],
+        "keys": sorted(bad),
+        "unchanged": largest_gap(before, between),
+        "after_bad": after_bad,
+        "bad_steps_then": fine["learner/bad_steps"],
+        "moved_then": largest_gap(between, weights(trainer)),
+        "loss_then": fine["step/loss"],
+    }
+
+
+def bad_gradient(directory: Path):
+    """A loss of 0 whose gradient is not finite."""
+    trainer = make_trainer(directory / "model", minibatches=1)
+    trainer._objective = lambda tokens, n, lam: (tokens.logp_N - tokens.logp_N.detach()).abs().sqrt().sum()
+    before = weights(trainer)
+    metrics = trainer.step(sampled_batches(directory / "model", steps=1)[0])
+    return {"bad_steps": metrics["learner/bad_steps"], "unchanged": largest_gap(before, weights(trainer))}
+
+
+def empty_minibatches(directory: Path, **settings):
+    """A group without verdicts beside a scored one, then a batch without any verdict, then one without signal."""
+    trainer = make_trainer(directory / "model", minibatches=2, **settings)
+    scored = [trajectory([3, 4, 5], reward=r) for r in (0.0, 1.0)]
+    silent = [trajectory([3, 4, 5], reward=None) for _ in range(2)]
+    equal = [trajectory([3, 4, 5], reward=1.0) for _ in range(2)]
+    half = trainer.step(batch([scored, silent]))
+    none = trainer.step(batch([silent, silent], step=1))
+    scale = trainer.step_control.scale
+    flat = trainer.step(batch([equal, equal, equal, equal], step=2))
+    return {"half": half, "none": none, "flat": flat, "scale_kept": trainer.step_control.scale == scale}
+
+
+def first_second_moment(directory: Path):
+    """V of a first optimiser step with lag 0: what the engine's log-probs differ by, or nothing."""
+    only = sampled_batches(directory / "model", steps=1)
+    return {
+        str(exact): run(make_trainer(directory / "model", minibatches=1, exact=exact), only)[0]
+        for exact in (True, False)
+    }
+
+
+def resumed(directory: Path, **settings):
+    """Two steps, a checkpoint, two more; then the last two again from the checkpoint."""
+    model_path, checkpoints = directory / "model", directory / f"checkpoints-{settings['zero_stage']}"
+    batches = sampled_batches(model_path, steps=4)
+    trainer = make_trainer(model_path, **settings)
+    run(trainer, batches[:2])
+    path = trainer.save(checkpoints)
+    straight = run(trainer, batches[2:])
+    again = make_trainer(model_path, **settings)
+    again.load(newest(checkpoints))
+    replayed = run(again, batches[2:])
+    state, later = trainer.state_dict(), again.state_dict()
+    return {
+        "path": str(path.relative_to(directory)),
+        "left": sorted(p.name for p in checkpoints.iterdir()),
+        "same_metrics": straight == replayed,
+        "same_state": state == later,
+        "gap": largest_gap(weights(trainer), weights(again)),
+    }
+
+
+def refused_checkpoint(directory: Path):
+    """A checkpoint of ZeRO stage 0 given to stage 2."""
+    trainer = make_trainer(directory / "model")
+    path = trainer.save(directory / "other-checkpoints")
+    try:
+        make_trainer(directory / "model", zero_stage=2).load(path)
+    except ValueError as error:
+        return str(error)
+
+
+def published(directory: Path, **settings):
+    """Two buckets or more, decoded again; the canary against the exported model."""
+    target = directory / f"exported-{settings.get('zero_stage', 0)}-{settings.get('dtype', 'auto')}"
+    trainer = make_trainer(directory / "model", bucket_mb=0.05, **settings)
+    run(trainer, sampled_batches(directory / "model", steps=2))
+    result = trainer.publish(lambda payload: payload)
+    own = weights(trainer)
+    trainer.export(target)
+    if result is None:
+        return None
+    manifest, payloads = result
+    for payload, spec in zip(payloads, manifest.buckets, strict=True):
+        verify_bucket(payload, spec)
+    decoded = {name: t for payload in payloads for name, t in load(payload).items()}
+    model = AutoModelForCausalLM.from_pretrained(target, dtype="auto").eval()
+    loaded = dict(model.state_dict())
+    canary_gap = log_probs(model, list(manifest.canary.token_ids)) - torch.tensor(manifest.canary.logprobs)
+    return {
+        "version": manifest.version,
+        "buckets": len(payloads),
+        "names": [spec.name for bucket in manifest.buckets for spec in bucket.tensors],
+        "dtypes": sorted({spec.dtype for bucket in manifest.buckets for spec in bucket.tensors}),
+        "decoded_gap": largest_gap(own, decoded),
+        "exported_gap": largest_gap(own, loaded),
+        "exported_files": sorted(p.name for p in target.iterdir()),
+        "exported_dtype": str(model.dtype),
+        "canary_gap": float(canary_gap.abs().max()),
+        "canary_length": len(manifest.canary.token_ids),
+        "tokenized": AutoTokenizer.from_pretrained(target)("12+3=")["input_ids"],
+    }
+
+
+def dropout(directory: Path):
+    """A model whose config asks for dropout: the learner must not sample noise into its log-probs."""
+    path = directory / "with-dropout"
+    make_model(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    only = sampled_batches(directory / "model", steps=1)
+    with_dropout = run(make_trainer(path), only)[0]["step/loss"]
+    return [with_dropout, run(make_trainer(directory / "model"), only)[0]["step/loss"]]
+
+
+def masks(directory: Path):
+    """A model that ignores position ids: it takes a mask, and without one it cannot be packed."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=14, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32
+    )
+    model = OPTForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    model.save_pretrained(directory / "opt")
+    only = sampled_batches(directory / "model", steps=1)
+    losses = [run(make_trainer(directory / "opt", micro_batch_tokens=size), only)[0]["step/loss"] for size in (1, 64)]
+    masked, engine._block_causal_mask = engine._block_causal_mask, lambda position_ids_T, dtype: None
+    try:
+        make_trainer(directory / "opt")
+    except ValueError as error:
+        return {"losses": losses, "without_mask": str(error)}
+    finally:
+        engine._block_causal_mask = masked
+
+
+def violations(directory: Path):
+    """Tokens outside their bounds, and a batch of another step."""
+    trainer = make_trainer(directory / "model")
+    trainer.version = 5
+    group = lambda version: [trajectory([3], reward=r, version=version) for r in (0.0, 1.0)]  # noqa: E731
+    given = {
+        "fresh": batch([group(1)], step=5),
+        "stale": batch([group(5), group(1)], step=5, stale=[1]),
+        "future": batch([group(6)], step=5),
+        "other": batch([group(5)], step=4),
+    }
+    return {name: message(trainer, b) for name, b in given.items()}
+
+
+def message(trainer: LearnerTrainer, b: SampledBatch) -> str:
+    try:
+        trainer.step(b)
+    except (LagViolation, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+SCENARIOS = {
+    **{f"reference-{name}": (reference, {"name": name}) for name in ("r2vpo", "grpo", "grpo_decoupled")},
+    **{f"reference-zero{stage}": (reference, {"zero_stage": stage}) for stage in (1, 2, 3)},
+    **{f"trained-zero{stage}": (trained, {"zero_stage": stage}) for stage in (0, 1, 2, 3)},
+    **{
+        f"trained-one-by-one-zero{stage}": (trained, {"zero_stage": stage, "micro_batch_tokens": 1}) for stage in (0, 3)
+    },
+    "trained-large-micro-batches": (trained, {"micro_batch_tokens": 4096}),
+    "trained-checkpointing": (trained, {"gradient_checkpointing": True}),
+    **{f"trained-bfloat16-zero{stage}": (trained, {"dtype": "bfloat16", "zero_stage": stage}) for stage in (0, 3)},
+    **{f"bad-step-zero{stage}": (bad_step, {"zero_stage": stage}) for stage in (0, 1, 2, 3)},
+    "bad-step-bfloat16": (bad_step, {"dtype": "bfloat16"}),
+    "bad-gradient": (bad_gradient, {}),
+    **{f"empty-zero{stage}": (empty_minibatches, {"zero_stage": stage}) for stage in (0, 3)},
+    "first-second-moment": (first_second_moment, {}),
+    **{f"resumed-zero{stage}": (resumed, {"zero_stage": stage}) for stage in (0, 1, 2, 3)},
+    "refused-checkpoint": (refused_checkpoint, {}),
+    **{f"published-zero{stage}": (published, {"zero_stage": stage}) for stage in (0, 3)},
+    "published-bfloat16": (published, {"dtype": "bfloat16"}),
+    "dropout": (dropout, {}),
+    "masks": (masks, {}),
+    "violations": (violations, {}),
+}
+
+
+def main(rank: int, ranks: int, port: int, directory: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    init_distributed(rank=rank, world_size=ranks, address="127.0.0.1", port=port, timeout_s=120)
+    results = {}
+    for name in names:
+        scenario, settings = SCENARIOS[name]
+        if scenario is trained:
+            settings = settings | {"name": f"{name}-ranks{ranks}"}
+        try:
+            results[name] = scenario(directory, **settings)
+        except Exception:  # noqa: BLE001 - the test that asks for this scenario shows it
+            results[name] = {"error": traceback.format_exc()}
+    if rank == 0:
+        print(json.dumps(results, default=lambda value: math.nan))
+
+
+if __name__ == "__main__":
+    own_rank, num_ranks, meeting_port, where, *wanted = sys.argv[1:]
+    main(int(own_rank), int(num_ranks), int(meeting_port), Path(where), wanted)

@@ -83,10 +83,11 @@ class LearnerRank:
         os.environ.setdefault("OMP_NUM_THREADS", str(self._config.omp_threads))
         import torch
 
-        torch.set_num_threads(self._config.omp_threads)
-        from learner.engine import init_distributed
+        from learner.engine import ON_GPU, init_distributed
         from learner.trainer import LearnerTrainer
 
+        if not ON_GPU:
+            torch.set_num_threads(self._config.omp_threads)
         init_distributed(
             rank=self._rank,
             world_size=self._world_size,

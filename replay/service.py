@@ -86,17 +86,28 @@ class ReplayService:
             undo.pop_all()
         self._version = resume_step or 0  # the next step to commit
         self._learners_waiting = 0
+        self._asks: dict[str, object] = {}
 
     async def lease(self, *, worker: str, version: int, count: int, timeout_s: float) -> LeaseAnswer:
-        """Up to ``count`` leases for a worker that holds ``version``; waits at most ``timeout_s`` for the first."""
+        """Up to ``count`` leases for a worker that holds ``version``; waits at most ``timeout_s`` for the first.
+
+        A worker that asks again, having taken over new weights, ends its earlier ask, which then grants nothing.
+        """
         assert count >= 1, count
+        ask = self._asks[worker] = object()
 
         def grant() -> Grant:
             return self._grant(worker, version, count)
 
+        def superseded() -> bool:
+            return self._asks[worker] is not ask
+
         async with self._changed:
+            self._changed.notify_all()
             with self._shown(worker, lambda: grant().reason):
-                await self._until(lambda: (now := grant()).count > 0 or now.exhausted, timeout_s)
+                await self._until(lambda: superseded() or grant().count > 0 or grant().exhausted, timeout_s)
+            if superseded():
+                return LeaseAnswer(leases=(), reason="the worker has asked again since")
             granted = grant()
             leases = self._dispatcher.lease(
                 worker=worker,

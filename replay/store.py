@@ -144,6 +144,23 @@ class ReplayStore:
                 )
                 self._db.execute("DELETE FROM choice")
 
+    def committed_batch(self, step: int) -> SampledBatch:
+        """The batch that a committed step consumed, as it was then. ``LookupError`` if the step is not committed."""
+        rows = self._db.rows(
+            "SELECT group_id, kind, "
+            "(SELECT COUNT(*) FROM consumption e WHERE e.group_id = c.group_id AND e.step < c.step) "
+            "FROM consumption c WHERE step = ? ORDER BY position",
+            step,
+        )
+        if not rows:
+            raise LookupError(f"{self.path} has no committed step {step}; it knows {self.version} steps")
+        return SampledBatch(
+            step=step,
+            groups=tuple(
+                SampledGroup(group_id=i, kind=Kind(kind), uses=uses, group=self.get(i)) for i, kind, uses in rows
+            ),
+        )
+
     def rewind(self, step: int) -> int:
         """Undo what was consumed by ``step`` and all after it, so that ``step`` is the next one.
 
@@ -194,7 +211,7 @@ class ReplayStore:
     def stale_eligible(self, *, step: int, max_replay_lag: int) -> list[int]:
         """Ids that ``step`` may sample again: consumed before, with signal, within ``max_replay_lag``."""
         return self._db.column(
-            "SELECT id FROM groups WHERE oldest_version >= ? AND has_signal AND unusable IS NULL "
+            "SELECT id FROM groups WHERE oldest_version >= ? AND has_signal "
             "AND EXISTS (SELECT 1 FROM consumption c WHERE c.group_id = groups.id AND c.step < ?) ORDER BY id",
             step - max_replay_lag,
             step,

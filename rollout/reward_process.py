@@ -1,9 +1,9 @@
 """The process in which a reward runs: ``python -m rollout.reward_process module:function DESCRIPTOR PARENT``.
 
-It speaks JSON lines over a socket that it inherits, so nothing that a reward prints or reads can disturb it. First it says
-``null``, or in a string why the reward cannot be found. Then it is sent lists ``[[response, truth], …]`` and answers
-every item, as soon as it has its verdict, by ``[outcome, reward, error]``. It ends when the socket does, and dies with
-the parent. Only the standard library is imported here, besides what the reward itself imports.
+It speaks JSON lines over a socket that it inherits, so nothing that a reward prints or reads can disturb it. First it
+says ``null``, or in a string why the reward cannot be found. Then it is sent lists ``[[response, truth], …]`` and
+answers every item, as soon as it has its verdict, by ``[outcome, reward, error]``. It ends when the socket does, and
+dies with the process PARENT. Only the standard library is imported here, besides what the reward itself imports.
 """
 
 from __future__ import annotations

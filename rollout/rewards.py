@@ -3,8 +3,8 @@
     score(items) ──▶ an idle process ──[[response, truth], …]──▶ reward_process.py
                             ◀──[outcome, reward, error] per item──
 
-A verdict streams back as soon as it is there. So when an item hangs or takes its process down, it is known which: it alone
-becomes ``timeout`` or ``error``, and a new process goes on with the item after it.
+A verdict streams back as soon as it is there. So when an item hangs or takes its process down, it is known which: it
+alone becomes ``timeout`` or ``error``, and a new process goes on with the item after it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ class RewardPool:
         self._is_closed = False
 
     async def start(self) -> None:
-        """Start the processes. ``ValueError`` if the reward does not exist, ``RewardPoolFailed`` if they do not come up."""
+        """Start the processes.
+
+        ``ValueError`` if the reward does not exist, ``RewardPoolFailed`` if a process ends or hangs while importing it.
+        """
         try:
             await asyncio.gather(*(process.start() for process in self._processes))
         except BaseException:

@@ -65,15 +65,17 @@ class WeightSync:
         manifest: WeightManifest,
         payloads: Sequence[bytes | memoryview],
         *,
+        started_s: float,
         on_mismatch: Callable[[], Awaitable[None]],
     ) -> None:
-        """Load the manifest's weights. Calls ``on_mismatch`` after every failing canary.
+        """Load the manifest's weights, whose fetch began at ``started_s`` (monotonic seconds).
+
+        Calls ``on_mismatch`` after every failing canary.
 
         Raises ``WeightSyncFailed`` if a checksum is wrong, or if the canary still fails after ``MAX_TRIES`` loads.
         """
         folder = str(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
         with tempfile.TemporaryDirectory(prefix="r2vpo-weights-", dir=folder) as directory:
-            started_s = time.monotonic()
             paths = await asyncio.to_thread(_write_buckets, manifest, payloads, Path(directory))
             fetch_s = time.monotonic() - started_s
             gaps: list[float] = []

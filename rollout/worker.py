@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from r2vpo.records import (
     Evaluation,
@@ -38,7 +38,7 @@ Tokenize = Callable[[str], list[int]]
 
 
 class RolloutWorker:
-    """One engine's worth of rollouts. ``run()`` works until ``stop()`` or until the job needs no further prompt."""
+    """One engine's worth of rollouts. ``run()`` works until ``stop()``."""
 
     def __init__(
         self,
@@ -73,12 +73,13 @@ class RolloutWorker:
         self._clock = BusyClock()
 
     async def run(self) -> None:
-        """Serve until stopped; raises what a component raised. All leases have gone back when it returns."""
+        """Serve until stopped; raises what a component raised. All accepted leases have gone back when it returns."""
         waits = [asyncio.create_task(w) for w in (self._sync_loop(), self._lease_loop(), self._stopping.wait())]
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in done:
-                wait.result()
+            if not self._stopping.is_set():  # whoever stops a worker may have ended its engine already
+                for wait in done:
+                    wait.result()
         finally:
             for wait in waits:
                 wait.cancel()
@@ -130,11 +131,12 @@ class RolloutWorker:
             manifest = await self._weights.newest(after=self._sync.version, timeout_s=ASK_S)
             if manifest is None:
                 continue
+            started_s = time.monotonic()
             try:
                 payloads = await self._weights.fetch(manifest)
             except LookupError:
                 continue  # superseded while we asked: the next manifest is newer
-            await self._sync.apply(manifest, payloads, on_mismatch=self._discard_in_flight)
+            await self._sync.apply(manifest, payloads, started_s=started_s, on_mismatch=self._discard_in_flight)
 
     async def _lease_loop(self) -> None:
         """Consumes leases; waits for a free slot, proven weights and the limiter; produces group tasks.
@@ -142,22 +144,34 @@ class RolloutWorker:
         Unblocked by a finished group, by the sync loop, and by the learner's commits. An ask that still waits when new
         weights arrive is asked again under the new version; the store then answers the old one at once.
         """
-        asks: dict[asyncio.Task[LeaseAnswer], int] = {}
-        while True:
-            await self._sync.proven()
-            self._clock.start()
-            version = self._sync.version
-            free = self._config.groups_in_flight - len(self._tasks)
-            if free and version not in asks.values():
-                lease = self._prompts.lease(worker=self.name, version=version, count=free, timeout_s=ASK_S)
-                asks[asyncio.create_task(_awaited(lease))] = version
-            newer = asyncio.create_task(self._sync.reached(version + 1))
-            await asyncio.wait({newer, *asks, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
-            newer.cancel()
-            self._reap()
-            for ask in [a for a in asks if a.done()]:
-                del asks[ask]
-                self._accept(ask.result())
+        asks: dict[asyncio.Task[None], int] = {}
+        try:
+            while True:
+                await self._sync.proven()
+                self._clock.start()
+                version = self._sync.version
+                free = self._config.groups_in_flight - len(self._tasks)
+                if free > 0 and version not in asks.values():
+                    asks[asyncio.create_task(self._ask(version, free))] = version
+                newer = asyncio.create_task(self._sync.reached(version + 1))
+                try:
+                    await asyncio.wait({newer, *asks, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    newer.cancel()
+                self._reap()
+                for ask in [a for a in asks if a.done()]:
+                    del asks[ask]
+                    ask.result()
+        finally:
+            for ask in asks:
+                ask.cancel()
+
+    async def _ask(self, version: int, count: int) -> None:
+        """One question to the ledger. One that found the job complete lasts, lest it be repeated without a pause."""
+        answer = await self._prompts.lease(worker=self.name, version=version, count=count, timeout_s=ASK_S)
+        self._accept(answer)
+        if answer.exhausted:
+            await asyncio.sleep(ASK_S)
 
     def _accept(self, answer: LeaseAnswer) -> None:
         """Start a group task for every lease of an answer."""
@@ -190,11 +204,11 @@ class RolloutWorker:
             self._num_tokens += sum(t.num_trained_tokens for t in group.trajectories)
 
     def _reap(self) -> None:
-        """Forget finished group tasks and raise what one of them raised."""
+        """Forget finished group tasks and raise what one of them raised; the lease of that one still goes back."""
         for task in [t for t in self._tasks if t.done()]:
-            del self._tasks[task]
             if not task.cancelled():
                 task.result()
+            del self._tasks[task]
         self._clock.set_busy(bool(self._tasks))
 
     async def _discard_in_flight(self) -> None:
@@ -214,22 +228,21 @@ class RolloutWorker:
         async def one(index: int) -> float | None:
             prompt = self._task.eval_prompt(index)
             async with slots:
-                [completion] = await self._engine.generate(
-                    self._tokenize(prompt.text),
-                    n=1,
-                    seed=request_seed(self._seed, f"eval.{index}"),
-                    temperature=temperature,
-                    max_tokens=self._config.max_tokens,
-                )
+                try:
+                    [completion] = await self._engine.generate(
+                        self._tokenize(prompt.text),
+                        n=1,
+                        seed=request_seed(self._seed, f"eval.{index}"),
+                        temperature=temperature,
+                        max_tokens=self._config.max_tokens,
+                    )
+                except ValueError:
+                    return None  # the engine refuses the prompt: no verdict
             [verdict] = await self._rewards.score([(completion.text, prompt.truth)])
             return verdict.reward
 
         rewards = [r for r in await asyncio.gather(*(one(i) for i in range(count))) if r is not None]
         return (sum(rewards) / len(rewards) if rewards else float("nan")), len(rewards)
-
-
-async def _awaited(answer: Awaitable[LeaseAnswer]) -> LeaseAnswer:
-    return await answer
 
 
 class BusyClock:

@@ -48,11 +48,15 @@ step() {
     label=
 }
 
+free_mb() {
+    df -Pk . | awk 'NR == 2 {print int($4 / 1024)}'
+}
+
 # What went wrong in the step whose words are in the log, as one sentence.
 diagnosis() {
     local no_network='NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError|SSLError'
     no_network+='|Connection(Refused|Reset|Aborted)?Error|Max retries exceeded|RemoteDisconnected|IncompleteRead'
-    if grep -q -E 'Errno 28|No space left|Disk quota exceeded' "$log"; then
+    if [ "$(free_mb)" -lt 50 ] || grep -q -E 'Errno 28|No space left|Disk quota exceeded' "$log"; then
         echo "the disk is full: .venv needs about $needed_gb GB in $PWD; make room and run make again"
     elif grep -q -E "$no_network" "$log"; then
         echo "no network: pip could not reach its package index for this step; check the connection (or pip's" \
@@ -81,7 +85,7 @@ exec 9<"${BASH_SOURCE[0]}" && flock 9 # a second make waits here for the first o
 find_python
 if [ ! -e "$stamp" ] || ! .venv/bin/python -c '' 2>/dev/null; then
     rm -rf .venv
-    free_gb=$(df -Pk . | awk 'NR == 2 {print int($4 / 1024 / 1024)}')
+    free_gb=$(($(free_mb) / 1024))
     [ "$free_gb" -ge "$needed_gb" ] ||
         fail "the disk is too full: .venv needs about $needed_gb GB in $PWD and $free_gb GB are free; make room and run make again"
 fi

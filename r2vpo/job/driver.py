@@ -13,6 +13,7 @@ workers serve on their own; one that fails ends the run with its error, since no
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -20,9 +21,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from learner.checkpoint import newest, read_state
-from rollout.tasks.factory import make_task
 
+from learner.checkpoint import newest, read_state
 from r2vpo.job.cluster import Cluster, open_cluster
 from r2vpo.job.config import RunConfig
 from r2vpo.job.fleet import Fleet
@@ -35,6 +35,7 @@ from r2vpo.job.tracking import Tracker, read_metrics
 from r2vpo.job.view import View, make_view
 from r2vpo.records import Evaluation, SampledBatch
 from replay.actor import ReplayActor
+from rollout.tasks.factory import make_task
 
 SAMPLE_S = 1.0
 """Longest single wait for a batch (seconds); the driver looks around and asks again."""
@@ -44,6 +45,8 @@ STOP_GRACE_S = 10.0
 """Seconds that a stopping run gives to the step it is in and to its last checkpoint."""
 
 
+SATURATED_STEPS = 10
+"""Learner steps with λ at its ceiling after which the run says so."""
 EXIT_CODES = {FINISHED: 0, FAILED: 1, INTERRUPTED: 130}
 EMPTY_STORE = {"version": 0, "groups": 0, "trajectories": 0, "tokens": 0, "outcomes": {}}
 JOB_ERRORS = (ValueError, RuntimeError, TimeoutError, OSError, ray.exceptions.RayError)
@@ -72,6 +75,7 @@ class Job:
         self._meter = StepMeter()
         self._evaluations: dict[str, Evaluation] = {}
         self._next_step = 0
+        self._saturated_steps = 0
         self._store: dict[str, Any] = dict(EMPTY_STORE)
         self._stop = StopRequest()
 
@@ -82,6 +86,8 @@ class Job:
         with self._stop:
             checkpoint = newest(self._run.checkpoints) if resume else None
             self._next_step = read_state(checkpoint)["version"] if checkpoint else 0
+            if resume:
+                self._evaluations = earlier_evaluations(self._run)
             self._tracker = Tracker(self._config, self._run, resume_step=self._next_step, note=self._view.note)
             try:
                 await self._live(checkpoint, resume)
@@ -157,14 +163,16 @@ class Job:
         self._view.phase("first weights to the workers")
         await self._learners.publish()
         serving = self._fleet.serve()
-        self._view.phase(f"evaluation before, {self._config.task.eval_prompts} held-out prompts")
-        await self._until_first(self._evaluate("before" if self._next_step == 0 else "resumed"), serving)
+        if "before" not in self._evaluations:
+            self._view.phase(f"evaluation before, {self._config.task.eval_prompts} held-out prompts")
+            await self._until_first(self._evaluate("before"), serving)
         return serving
 
     async def _train(self) -> None:
         """The learner's loop. Consumes batches; waits for the store and the ranks; produces versions and metrics."""
         config = self._config.learner
         self._view.phase("first groups")
+        self._meter.start()
         while self._next_step < config.steps:
             asked_s = time.monotonic()
             batch = await self._sample(self._next_step)
@@ -201,7 +209,17 @@ class Job:
         measured = self._meter.measure(step=self._next_step - 1, wait_s=wait_s, store=store, workers=workers)
         metrics = {**measured, **learner}
         self._tracker.step(metrics)
+        self._warn_if_infeasible(metrics)
         self._view.step(metrics, self._next_step, self._config.learner.steps)
+
+    def _warn_if_infeasible(self, metrics: dict[str, Any]) -> None:
+        """Say once that λ has been at its ceiling for a while: the budget cannot be held by it."""
+        self._saturated_steps = self._saturated_steps + 1 if metrics.get("dual/saturated") else 0
+        if self._saturated_steps == SATURATED_STEPS:
+            self._view.note(
+                f"λ has been at its ceiling {self._config.algorithm.lambda_max:g} for {SATURATED_STEPS} steps: budget "
+                f"δ={self._config.algorithm.delta:g} is infeasible here; lower learner.lr or raise algorithm.delta"
+            )
 
     async def _finish_training(self) -> None:
         """Leave the weights behind, and measure them if the run came to its end."""
@@ -260,6 +278,23 @@ def plain_message(failure: BaseException | str) -> str:
         failure = failure.cause
     lines = str(failure).strip().splitlines() or [type(failure).__name__]
     return lines[0]
+
+
+def earlier_evaluations(run: RunDir) -> dict[str, Evaluation]:
+    """The evaluation of version 0 from the summary of the run's earlier part, if it left one."""
+    if not run.summary.exists():
+        return {}
+    before = json.loads(run.summary.read_text(encoding="utf-8"))["eval"]["before"]
+    if before["accuracy"] is None:
+        return {}
+    return {
+        "before": Evaluation(
+            version=0,
+            accuracy=before["accuracy"],
+            greedy_accuracy=before["greedy"],
+            num_prompts=before["num_prompts"],
+        )
+    }
 
 
 def _count(number: int, thing: str) -> str:

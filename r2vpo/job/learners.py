@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from learner.actor import BoardActor, LearnerActor
 
+from learner.actor import BoardActor, LearnerActor
 from r2vpo.job.cluster import Cluster
 from r2vpo.job.config import RunConfig
 from r2vpo.records import SampledBatch

@@ -18,6 +18,10 @@ class StepMeter:
         self.syncs: list[SyncRecord] = []
         """Every sync of every worker so far."""
 
+    def start(self) -> None:
+        """The learner's loop begins: the clock of the first step runs from here."""
+        self._last_s = time.monotonic()
+
     def measure(
         self, *, step: int, wait_s: float, store: dict[str, Any], workers: Sequence[RolloutStats]
     ) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
@@ -62,11 +62,14 @@ def load(schema: type[T], path: Path, overrides: Sequence[str]) -> T:
     missing, or a check of the dataclasses themselves failed.
     """
     reader = _Reader(schema)
-    sources = [reader.read_file(path), *(reader.read_override(text) for text in overrides)]
+    sources = [("", reader.read_file(path)), *(reader.read_override(text) for text in overrides)]
     base = OmegaConf.structured(schema)
     OmegaConf.set_readonly(base, False)  # frozen dataclasses come as read-only nodes, which refuse the merge
     try:
-        for source in sources:
+        for key, source in sources:
+            if _is_mapping_type(reader.types.get(key)):
+                with read_write(OmegaConf.select(base, key.rpartition(".")[0])):
+                    OmegaConf.update(base, key, {}, merge=False)  # given as a whole, it replaces what was there
             base = OmegaConf.merge(base, source)
         if missing := sorted(OmegaConf.missing_keys(base)):
             raise ConfigError(f"{path}: {reader.first_leaf(missing[0])} is required and has no default")
@@ -137,8 +140,8 @@ class _Reader:
             return {}
         return self._section(loader, node, self.schema, "", str(path))
 
-    def read_override(self, text: str) -> dict[str, Any]:
-        """One ``key=value`` as a nested mapping."""
+    def read_override(self, text: str) -> tuple[str, dict[str, Any]]:
+        """The key of one ``key=value``, and both as a nested mapping."""
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"{COMMAND_LINE}: {text} is not an override; write key=value, such as learner.steps=20")
@@ -159,7 +162,7 @@ class _Reader:
         result = self._override_value(value, annotation, key)
         for part in reversed(parts):
             result = {part: result}
-        return result
+        return key, result
 
     def _override_value(self, value: str, annotation: Any, key: str) -> Any:
         """The value of an override: YAML, or the bare text where the setting is text."""

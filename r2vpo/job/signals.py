@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from types import TracebackType
 from typing import Self
 
 import ray
 
+SHOW_CURSOR = "\x1b[?25h"
+"""The live view hides the cursor while it draws."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -47,5 +50,8 @@ class StopRequest:
         if self._event.is_set():
             # A private Ray and everything under it dies with this call; nothing else is waited for.
             ray.shutdown()
+            if sys.stderr.isatty():
+                sys.stderr.write(SHOW_CURSOR)
+                sys.stderr.flush()
             os._exit(130)
         self._event.set()

@@ -1,7 +1,7 @@
 """Addition with the digits reversed, least significant digit first: the quickstart's task, made up as it goes.
 
-``12 + 95 = 107`` with two digits is shown as ``21+59=`` and answered by ``701``. Written this way a carry moves with the
-direction of writing, so a model of a few hundred thousand parameters can learn it.
+``12 + 95 = 107`` with two digits is shown as ``21+59=`` and answered by ``701``. Written this way a carry moves with
+the direction of writing, so a model of a few hundred thousand parameters can learn it.
 """
 
 from __future__ import annotations

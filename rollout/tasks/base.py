@@ -67,7 +67,7 @@ def resolve_reward(reward: str) -> RewardFunction:
         sys.path.append(os.getcwd())  # a console script does not look there by itself
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # noqa: BLE001 - somebody else's module may raise anything while it is imported
+    except Exception as error:  # somebody else's module may raise anything while it is imported
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise ValueError(
                 f"task.reward={reward}: there is no module {error.name}; looked in the working directory "
@@ -78,7 +78,7 @@ def resolve_reward(reward: str) -> RewardFunction:
         ) from error
     if name not in vars(module):
         raise ValueError(f"task.reward={reward}: module {module_name} ({module.__file__}) has no function {name}")
-    function = vars(module)[name]
+    function: RewardFunction = vars(module)[name]
     if not callable(function):
         raise ValueError(
             f"task.reward={reward}: {name} is of type {type(function).__name__}, not a function (response, truth) -> "

@@ -20,6 +20,8 @@ Row = tuple[str, Any]
 """A prompt's text, template applied, and its ground truth."""
 
 FILE_TYPES = (".jsonl", ".parquet")
+PROMPT_MARK = "\0"
+HUB_TIMEOUT_S = 3.0
 
 
 class DatasetTask:
@@ -91,6 +93,7 @@ def _read(path: str, config: TaskConfig, *, key: str) -> list[Row]:
 
 def _rows(places: Iterable[tuple[str, Mapping[str, Any]]], config: TaskConfig) -> Iterator[Row]:
     """Check and render every row; ``places`` says where each comes from."""
+    shape = _shape(config.prompt_template)
     for place, row in places:
         for field, key in ((config.prompt_field, "prompt_field"), (config.truth_field, "truth_field")):
             if row.get(field) is None:
@@ -108,22 +111,23 @@ def _rows(places: Iterable[tuple[str, Mapping[str, Any]]], config: TaskConfig) -
             raise ValueError(
                 f"{place}: field {config.truth_field!r} is no JSON value ({error}); store it as text or numbers"
             ) from None
-        yield render(config.prompt_template, prompt), truth
+        yield shape.replace(PROMPT_MARK, prompt), truth
 
 
-def render(template: str, prompt: str) -> str:
-    """The template with ``{prompt}`` replaced; a brace that is meant is written twice, as in ``str.format``."""
-    marker = "\0"
+def _shape(template: str) -> str:
+    """The template with the mark of ``PROMPT_MARK`` for ``{prompt}``, and every doubled brace as the one it means."""
     try:
-        rendered = template.format(prompt=marker)
+        shape = template.format(prompt=PROMPT_MARK)
     except (LookupError, ValueError, AttributeError) as error:
         raise ValueError(
             f"task.prompt_template={template!r} cannot be filled in ({type(error).__name__}: {error}); only {{prompt}} "
             "is replaced, write any other brace twice, as in \\boxed{{{{}}}}"
         ) from None
-    if marker not in rendered:
-        raise ValueError(f"task.prompt_template={template!r} shows the policy no prompt; put {{prompt}} where it belongs")
-    return rendered.replace(marker, prompt)
+    if PROMPT_MARK not in shape:
+        raise ValueError(
+            f"task.prompt_template={template!r} shows the policy no prompt; put {{prompt}} where it belongs"
+        )
+    return shape
 
 
 def _jsonl(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -171,19 +175,30 @@ def _hub(dataset_id: str, config: TaskConfig, *, key: str) -> Iterator[tuple[str
             f"{key}={dataset_id} is no file (seen from {Path.cwd()}), and for a dataset on the Hugging Face hub the "
             "package datasets must be installed; correct the path, or install datasets"
         )
-    import datasets  # imported late: it takes seconds
-
     try:
-        table = datasets.load_dataset(dataset_id, split=config.split)
+        table = _load(dataset_id, config.split)
     except Exception as error:  # noqa: BLE001 - the hub's client lets errors of several libraries through
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
         raise ValueError(
             f"{key}={dataset_id} is no file (seen from {Path.cwd()}), and as a dataset on the Hugging Face hub "
-            f"task.split={config.split} of it is not to be had ({type(error).__name__}: {reason}); correct the path, or "
-            "fetch it where there is a network"
+            f"task.split={config.split} of it is not to be had ({type(error).__name__}: {reason}); correct the path, "
+            "or fetch it where there is a network"
         ) from None
     for number, row in enumerate(table, start=1):
         yield f"{dataset_id}, row {number}", dict(row)
+
+
+def _load(dataset_id: str, split: str) -> Iterable[Any]:
+    """A split from the hub, or from the cache where the hub is out of reach."""
+    import datasets.config  # imported late: it takes seconds
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(dataset_id, timeout=HUB_TIMEOUT_S)
+    except Exception:  # noqa: BLE001 - whatever the reason, the cache is what remains
+        # Otherwise it would try the hub again and again, half a minute long, before it looks there.
+        datasets.config.HF_HUB_OFFLINE = True
+    return datasets.load_dataset(dataset_id, split=split)
 
 
 def _may_be_hub_id(text: str) -> bool:

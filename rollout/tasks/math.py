@@ -13,8 +13,9 @@ import math_verify
 def verify(response: str, truth: Any) -> float | None:
     """1 if the answer in ``response`` equals ``truth``, 0 if not or if there is none; None if ``truth`` is no answer.
 
-    ``truth`` is a number, bare LaTeX such as ``\\frac{1}{2}``, or text that holds its answer in ``$…$``, ``\\boxed{…}`` or
-    after ``####``. math-verify's own timeouts are off: they need ``signal.alarm``, and the pool's deadline kills.
+    ``truth`` is a number, bare LaTeX such as ``\\frac{1}{2}``, or text that holds its answer in ``$…$``, in
+    ``\\boxed{…}`` or after ``####``. math-verify's own timeouts are off: they need ``signal.alarm``, and the pool's
+    deadline kills.
     """
     gold = _parse(_marked(str(truth)))
     if not gold:

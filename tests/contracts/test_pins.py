@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
-from importlib.metadata import PackageNotFoundError, requires
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,15 @@ def needs_of(requirement: Requirement) -> list[Requirement]:
     return [
         need for need in needs if not need.marker or any(need.marker.evaluate({"extra": extra}) for extra in extras)
     ]
+
+
+def libraries_imported_by(path: Path) -> Iterator[str]:
+    """Top-level names of the absolute imports anywhere in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
 
 
 def test_every_line_is_an_exact_pin_named_once() -> None:
@@ -82,3 +94,17 @@ def test_the_list_is_complete_and_free_of_conflicts() -> None:
         except PackageNotFoundError:
             wrong.append(f"{name} is in a list, yet not installed")
     assert wrong == []
+
+
+def test_every_imported_library_is_declared() -> None:
+    """A library that is here only because another one wants it may be gone, or another version, elsewhere."""
+    ours = {"r2vpo", "rollout", "replay", "learner"}
+    imported = {name for room in ours for path in (ROOT / room).rglob("*.py") for name in libraries_imported_by(path)}
+    distributions = packages_distributions()
+    declared = {canonicalize_name(Requirement(text).name) for text in (*PROJECT["dependencies"], *EXTRAS["cpu"])}
+    undeclared = [
+        name
+        for name in imported - ours - sys.stdlib_module_names
+        if declared.isdisjoint(map(canonicalize_name, distributions.get(name, [])))
+    ]
+    assert undeclared == []

@@ -152,13 +152,22 @@ def bad_step(directory: Path, **settings):
     }
 
 
-def bad_gradient(directory: Path):
-    """A loss of 0 whose gradient is not finite."""
-    trainer = make_trainer(directory / "model", minibatches=1)
-    trainer._objective = lambda tokens, n, lam: (tokens.logp_N - tokens.logp_N.detach()).abs().sqrt().sum()
-    before = weights(trainer)
-    metrics = trainer.step(sampled_batches(directory / "model", steps=1)[0])
-    return {"bad_steps": metrics["learner/bad_steps"], "unchanged": largest_gap(before, weights(trainer))}
+def half_bad(directory: Path, **settings):
+    """A loss of 0 whose gradient is not finite, and an infinite loss whose gradient is."""
+    losses = {
+        "gradient": lambda tokens, n, lam: (tokens.logp_N - tokens.logp_N.detach()).abs().sqrt().sum(),
+        "loss": lambda tokens, n, lam: tokens.logp_N.sum() + math.inf,
+    }
+    trainer = make_trainer(directory / "model", minibatches=1, **settings)
+    before, results = weights(trainer), {}
+    for b, (name, loss) in zip(sampled_batches(directory / "model", steps=2), losses.items(), strict=True):
+        trainer._objective = loss
+        metrics = trainer.step(b)
+        results[name] = {
+            "bad_steps": metrics["learner/bad_steps"],
+            "unchanged": largest_gap(before, weights(trainer)),
+        }
+    return results
 
 
 def empty_minibatches(directory: Path, **settings):
@@ -309,11 +318,11 @@ SCENARIOS = {
         f"trained-one-by-one-zero{stage}": (trained, {"zero_stage": stage, "micro_batch_tokens": 1}) for stage in (0, 3)
     },
     "trained-large-micro-batches": (trained, {"micro_batch_tokens": 4096}),
-    "trained-checkpointing": (trained, {"gradient_checkpointing": True}),
+    "trained-checkpointing": (trained, {"gradient_checkpointing": True, "zero_stage": 3}),
     **{f"trained-bfloat16-zero{stage}": (trained, {"dtype": "bfloat16", "zero_stage": stage}) for stage in (0, 3)},
     **{f"bad-step-zero{stage}": (bad_step, {"zero_stage": stage}) for stage in (0, 1, 2, 3)},
     "bad-step-bfloat16": (bad_step, {"dtype": "bfloat16"}),
-    "bad-gradient": (bad_gradient, {}),
+    **{f"half-bad-zero{stage}": (half_bad, {"zero_stage": stage}) for stage in (0, 2)},
     **{f"empty-zero{stage}": (empty_minibatches, {"zero_stage": stage}) for stage in (0, 3)},
     "first-second-moment": (first_second_moment, {}),
     **{f"resumed-zero{stage}": (resumed, {"zero_stage": stage}) for stage in (0, 1, 2, 3)},

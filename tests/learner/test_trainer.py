@@ -17,10 +17,11 @@ pytestmark = pytest.mark.engine
 
 TWO_RANKS = [
     *(f"trained-zero{stage}" for stage in (0, 1, 2, 3)),
-    *(f"trained-one-by-one-zero{stage}" for stage in (0, 3)),
-    *(f"bad-step-zero{stage}" for stage in (0, 1, 2, 3)),
+    "trained-one-by-one-zero3",
+    "bad-step-zero0",
+    "bad-step-zero3",
     "empty-zero3",
-    *(f"resumed-zero{stage}" for stage in (0, 3)),
+    "resumed-zero3",
     "published-zero3",
 ]
 
@@ -128,8 +129,7 @@ def test_bfloat16_trains_with_float32_master_weights_close_to_float32(one_rank, 
     assert rounded[-1]["dual/second_moment"] == pytest.approx(exact[-1]["dual/second_moment"], rel=0.1)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 3)])
 def test_a_step_that_is_not_finite_moves_nothing_and_the_next_one_works(request, ranks, stage):
     results = request.getfixturevalue("one_rank" if ranks == 1 else "two_ranks")
     assert_survived(results[f"bad-step-zero{stage}"])
@@ -149,8 +149,10 @@ def assert_survived(result):
     assert np.isfinite(result["loss_then"])
 
 
-def test_a_gradient_that_is_not_finite_is_discarded_although_its_loss_is(one_rank):
-    assert one_rank["bad-gradient"] == {"bad_steps": 1, "unchanged": 0}
+@pytest.mark.parametrize("part", ["loss", "gradient"])
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_step_is_discarded_if_either_its_loss_or_its_gradient_is_not_finite(one_rank, stage, part):
+    assert one_rank[f"half-bad-zero{stage}"][part] == {"bad_steps": 1, "unchanged": 0}
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (1, 3), (2, 3)])
@@ -178,8 +180,7 @@ def test_with_an_inexact_engine_the_first_optimiser_step_starts_at_the_proximal_
     assert inexact["ratio/ratio_second_moment"] == pytest.approx(exact["ratio/ratio_second_moment"], rel=1e-4)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (1, 1), (1, 2), (1, 3), (2, 3)])
 def test_a_resumed_run_repeats_its_steps_bit_for_bit(request, ranks, stage):
     result = request.getfixturevalue("one_rank" if ranks == 1 else "two_ranks")[f"resumed-zero{stage}"]
     assert result["path"] == f"checkpoints-{stage}/step-000002"
@@ -227,10 +228,8 @@ def test_dropout_of_the_models_config_is_off(one_rank):
 def test_a_model_that_ignores_position_ids_is_packed_with_a_mask_or_refused(one_rank):
     one_by_one, together = one_rank["masks"]["losses"]
     assert together == pytest.approx(one_by_one, rel=1e-5)
-    assert (
-        "in a OPTForCausalLM, trajectories that share a forward pass see each other"
-        in (one_rank["masks"]["without_mask"])
-    )
+    refusal = one_rank["masks"]["without_mask"]
+    assert "OPTForCausalLM lets trajectories that share a forward pass see each other" in refusal
 
 
 def test_a_token_outside_its_bound_stops_the_learner(one_rank):

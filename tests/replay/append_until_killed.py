@@ -3,9 +3,8 @@
 import sys
 from pathlib import Path
 
-from replay_groups import make_group
-
 from replay.store import ReplayStore
+from tests.replay.replay_groups import make_group
 
 store = ReplayStore(Path(sys.argv[1]))
 start = len(store.keys())

@@ -2,7 +2,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replay.ledger import PromptLedger
@@ -84,6 +84,7 @@ def test_a_store_of_other_data_is_refused():
 moves = st.lists(st.sampled_from(["lease", "answer", "late", "expire", "release", "restart"]), max_size=60)
 
 
+@settings(deadline=None)
 @given(moves=moves, num_prompts=st.integers(1, 4), seed=st.integers(0, 3), data=st.data())
 def test_no_prompt_is_skipped_or_answered_twice_over_any_restarts(moves, num_prompts, seed, data):
     answered = Counter()  # stands for the store

@@ -1,13 +1,13 @@
 from itertools import permutations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from replay_groups import make_group, unscored_group
 
 from replay.dispatcher import Dispatcher
 from replay.ledger import PromptLedger
 from replay.limiter import LagLimiter
+from tests.replay.replay_groups import make_group, unscored_group
 
 # The example of the module's docstring: F = 2, max_lag = 1, step 5; one group of version 4, two leases of version 5.
 EXAMPLE = LagLimiter(max_lag=1, num_fresh=2, steps=100)
@@ -72,6 +72,7 @@ def test_a_full_pipeline_says_that_the_learner_is_awaited():
 def test_the_last_steps_ask_for_no_more_than_they_need_and_keep_the_workers_until_all_is_there():
     limiter = LagLimiter(max_lag=2, num_fresh=2, steps=6)
     assert grant(limiter, 5).count == 2
+    assert grant(limiter, 5, count=3).count == 2  # although six would be in time
     assert grant(limiter, 5, count=2).reason == ""
     waiting_for_it = grant(limiter, 5, waiting=[5], in_flight=[5])
     assert (waiting_for_it.count, waiting_for_it.exhausted) == (0, False)  # that one may still expire
@@ -92,12 +93,14 @@ def a_schedule_exists(limiter, outstanding, next_step):
     )
 
 
+@settings(deadline=None)
 @given(versions, st.integers(0, 2), st.integers(1, 3), st.integers(0, 6))
 def test_feasible_means_that_some_order_meets_every_bound(outstanding, max_lag, num_fresh, next_step):
     limiter = LagLimiter(max_lag=max_lag, num_fresh=num_fresh, steps=100)
     assert limiter.feasible(outstanding, next_step=next_step) == a_schedule_exists(limiter, outstanding, next_step)
 
 
+@settings(deadline=None)
 @given(versions, st.integers(0, 2), st.integers(1, 3), st.integers(0, 6), st.integers(0, 6))
 def test_room_is_the_largest_number_that_stays_feasible(outstanding, max_lag, num_fresh, next_step, version):
     limiter = LagLimiter(max_lag=max_lag, num_fresh=num_fresh, steps=100)
@@ -108,6 +111,7 @@ def test_room_is_the_largest_number_that_stays_feasible(outstanding, max_lag, nu
     assert not limiter.feasible([*outstanding, *[version] * (room + 1)], next_step=next_step)
 
 
+@settings(deadline=None)
 @given(versions, st.integers(0, 2), st.integers(1, 3), st.integers(0, 6))
 def test_kept_is_feasible_and_leaves_nothing_out_that_would_fit(outstanding, max_lag, num_fresh, next_step):
     limiter = LagLimiter(max_lag=max_lag, num_fresh=num_fresh, steps=100)
@@ -175,6 +179,7 @@ class Run:
             self.version += 1
 
 
+@settings(deadline=None)
 @given(
     max_lag=st.integers(0, 3),
     num_fresh=st.integers(1, 3),
@@ -225,6 +230,7 @@ def test_whatever_the_order_no_lag_exceeds_its_bound_and_the_run_ends(max_lag, n
     assert not run.desk.ledger.live
 
 
+@settings(deadline=None)
 @given(num_fresh=st.integers(1, 3), steps=st.integers(1, 5), data=st.data())
 def test_without_lag_the_run_leases_one_batch_per_version(num_fresh, steps, data):
     run = Run(max_lag=0, num_fresh=num_fresh, steps=steps, workers=2)
@@ -249,3 +255,7 @@ def test_a_group_that_comes_too_late_is_told_from_one_that_still_fits():
     assert run.desk.unusable([make_group(late.key)]) == {}  # takes the place of the second lease
     assert run.desk.unusable([make_group("0.9")]) == {"0.9": "late"}  # steps 0 and 1 are full
     assert run.desk.unusable([make_group(late.key, version=0, newest=1)]) == {late.key: "ahead"}
+    run.desk.ledger.expire(1.0)
+    strangers = [make_group(f"7.{i}") for i in range(3)]
+    assert run.desk.unusable(strangers) == {"7.2": "late"}  # each takes room from those behind it
+    assert run.desk.unusable([unscored_group("7.3"), *strangers[:2]]) == {}

@@ -1,10 +1,10 @@
 import asyncio
 
 import pytest
-from replay_groups import make_group, same
 
 from replay.config import ReplayConfig
 from replay.store import ReplayStore
+from tests.replay.replay_groups import make_group, same
 
 
 @pytest.mark.engine

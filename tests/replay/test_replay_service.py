@@ -1,15 +1,16 @@
 import asyncio
 import random
+import threading
 from collections import Counter
 
 import pytest
-from replay_groups import make_group, same, unscored_group
 
 from r2vpo.records import Kind
 from replay.config import ReplayConfig
 from replay.errors import ReplayError
 from replay.service import SHARD, ReplayService
 from replay.store import ReplayStore
+from tests.replay.replay_groups import make_group, same, unscored_group
 
 SOON = 0.02
 """Seconds of a wait that is expected to end without result."""
@@ -196,6 +197,13 @@ async def test_a_repeated_append_is_acknowledged_and_changes_nothing(start):
     assert (stats["groups"], stats["fresh_waiting"], stats["in_flight"]) == (1, 1, 0)
 
 
+async def test_of_two_groups_of_one_key_the_first_is_kept(start):
+    service = start()
+    good, ahead = make_group(1), make_group(1, newest=1)
+    assert await asyncio.gather(service.append(good), service.append(ahead)) == [True, False]
+    assert (await service.stats())["fresh_waiting"] == 1
+
+
 async def test_a_malformed_group_does_not_disturb_its_neighbours(start):
     service = start(num_prompts=50)
     results = await asyncio.gather(
@@ -295,20 +303,39 @@ async def test_a_worker_that_is_gone_gives_all_its_prompts_back(start):
     assert kept.key not in {x.key for x in again}
 
 
-async def test_a_cancelled_caller_leaves_memory_and_disk_in_step(start):
-    service = start()
-    await answer(service, count=2)
-    for call in (service.sample(step=0, timeout_s=LONG), service.commit(step=0, group_ids=(1, 2))):
-        task = asyncio.create_task(call)
-        await asyncio.sleep(0.001)  # somewhere in the middle, or before, or after
-        task.cancel()
-        await asyncio.wait([task])
-        await service.stats()
-    batch_is_open = (await service.stats())["version"] == 0
-    if batch_is_open:
-        await train(service, 0)
-    await answer(service, version=1, count=2)
-    assert (await train(service, 1)).group_ids == (3, 4)
+@pytest.mark.parametrize("cancelled", ["append_many", "sample", "commit"])
+async def test_a_caller_cancelled_while_the_disk_works_leaves_memory_and_disk_in_step(start, monkeypatch, cancelled):
+    service = start(groups_per_step=1)
+    (held,) = (await lease(service)).leases
+    disk_is_busy, go_on = threading.Event(), threading.Event()
+    original = getattr(ReplayStore, cancelled)
+
+    def slow(self, *args, **options):
+        disk_is_busy.set()
+        go_on.wait()
+        return original(self, *args, **options)
+
+    async def call(name, call):
+        if name != cancelled:
+            return await call
+        with monkeypatch.context() as patch:
+            patch.setattr(ReplayStore, name, slow)
+            task = asyncio.create_task(call)
+            await asyncio.to_thread(disk_is_busy.wait)
+            task.cancel()
+            await asyncio.wait([task])
+            go_on.set()
+            assert task.cancelled()
+        await service.stats()  # comes after the call's own work
+
+    await call("append_many", service.append(make_group(held.key)))
+    assert (await service.stats())["in_flight"] == 0
+    await call("sample", service.sample(step=0, timeout_s=LONG))
+    assert (await service.stats())["fresh_waiting"] == 0
+    await call("commit", service.commit(step=0, group_ids=(1,)))
+    assert (await service.stats())["version"] == 1
+    await answer(service, version=1)
+    assert (await train(service, 1)).group_ids == (2,)
 
 
 async def test_draining_ends_the_workers_and_lets_the_learner_finish(start):
@@ -503,3 +530,15 @@ async def test_a_run_with_failing_workers_ends_and_keeps_every_bound(start, max_
     assert store.verify() == []
     assert max(Counter(store.keys()).values()) == 1
     store.close()
+
+
+async def test_a_worker_that_asks_again_ends_its_earlier_ask(start):
+    service = start(max_lag=0)
+    await answer(service, count=2)
+    earlier = asyncio.create_task(lease(service, version=0, timeout_s=LONG))
+    await waits_of(service, "r0")
+    await train(service, 0)
+    later = await lease(service, version=1, timeout_s=LONG)
+    assert (await earlier).leases == ()
+    assert "asked again" in (await earlier).reason
+    assert len(later.leases) == 1

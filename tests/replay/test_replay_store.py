@@ -2,11 +2,11 @@ import shutil
 import sqlite3
 
 import pytest
-from replay_groups import make_group, same, unscored_group
 
 from r2vpo.records import Kind
 from replay.errors import LagViolation, ReplayError
 from replay.store import ReplayStore
+from tests.replay.replay_groups import make_group, same, unscored_group
 
 
 @pytest.fixture
@@ -45,6 +45,11 @@ def test_an_appended_group_is_read_back_as_it_was(store):
     group = make_group(5, version=3, newest=4)
     assert store.append_many([group]) == [True]
     assert same(store.get(store.ids(["0.5"])["0.5"]), group)
+
+
+def test_every_commit_reaches_the_disk(store):
+    assert store._db.one("PRAGMA journal_mode") == "wal"
+    assert store._db.one("PRAGMA synchronous") == 2  # FULL
 
 
 def test_a_second_append_of_a_key_changes_nothing(store):
@@ -367,3 +372,16 @@ def test_a_directory_that_cannot_be_made_is_a_clear_error(tmp_path):
     (tmp_path / "replay").write_text("a file where the directory should be")
     with pytest.raises(ReplayError, match="cannot be opened for writing"):
         ReplayStore(tmp_path / "replay" / "shard.sqlite3")
+
+
+def test_a_committed_batch_is_given_back_as_it_was_consumed(store):
+    store.append_many([make_group(i, version=i // 2) for i in range(4)])
+    batches = [train(store, 0), train(store, 1, num_stale=1)]
+    for step, batch in enumerate(batches):
+        again = store.committed_batch(step)
+        assert [(g.group_id, g.kind, g.uses) for g in again.groups] == [
+            (g.group_id, g.kind, g.uses) for g in batch.groups
+        ]
+        assert all(same(a.group, b.group) for a, b in zip(again.groups, batch.groups, strict=True))
+    with pytest.raises(LookupError, match="no committed step 2"):
+        store.committed_batch(2)

@@ -3,14 +3,14 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from replay_groups import make_group, make_trajectory, same
 
 import replay.serialize
 from r2vpo.records import Outcome, Trajectory, TrajectoryGroup
 from replay.serialize import check_group, decode, encode, parse_key
+from tests.replay.replay_groups import make_group, make_trajectory, same
 
 any_text = st.text(st.characters())  # lone surrogates included: a decoded response may hold them
 any_json = st.recursive(
@@ -50,6 +50,7 @@ groups = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(groups)
 def test_a_group_is_read_back_bit_for_bit(group):
     assert same(decode(encode(group)), group)

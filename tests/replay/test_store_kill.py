@@ -3,14 +3,13 @@ import random
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from replay_groups import make_group, same
 
 from replay.store import ReplayStore
+from tests.replay.replay_groups import make_group, same
 
-WRITER = Path(__file__).with_name("append_until_killed.py")
+WRITER = "tests.replay.append_until_killed"
 
 
 @pytest.mark.faults
@@ -20,7 +19,7 @@ def test_kill_9_loses_no_acknowledged_group(tmp_path):
     rng = random.Random(0)
     for _ in range(10):
         writer = subprocess.Popen(
-            [sys.executable, WRITER, path],
+            [sys.executable, "-m", WRITER, path],
             stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             text=True,

@@ -7,10 +7,10 @@ from pathlib import Path
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from replay_groups import make_group, same, unscored_group
 
 from r2vpo.records import Kind
 from replay.store import ReplayStore
+from tests.replay.replay_groups import make_group, same, unscored_group
 
 NUM_FRESH, NUM_STALE, MAX_REPLAY_LAG = 2, 2, 3
 

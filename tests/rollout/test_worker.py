@@ -1,0 +1,362 @@
+"""The worker's loop against fakes in one event loop: nothing here starts a process."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from r2vpo.records import NO_VERSION, Outcome
+from rollout.generation import EngineFailed, request_seed
+from rollout.rewards import Verdict
+from rollout.sync import MAX_TRIES, WeightSyncFailed
+from rollout.worker import BusyClock
+from tests.rollout.worker_fakes import World, settle, until
+
+
+@pytest.fixture
+async def world():
+    world = World()
+    yield world
+    world.worker.stop()
+    await asyncio.wait([world.run], timeout=5)
+    assert world.run.done()
+    world.run.exception()  # a test that is about it has looked at it
+
+
+async def test_a_lease_becomes_a_group_with_every_array_in_its_place(world):
+    await world.start(3, version=4)
+    await until(lambda: world.store.groups)
+    [group] = world.store.groups
+    assert (group.key, group.prompt, group.truth, group.worker, group.lease_version) == ("0.3", "3", 30, "rollout-0", 4)
+    first, second = group.trajectories
+    assert first.token_ids_T.tolist() == [3, 9, 50, 60]
+    assert second.token_ids_T.tolist() == [3, 9, 50, 61]
+    assert first.loss_mask_T.tolist() == [False, False, True, True]
+    assert first.behavior_logprob_T.tolist() == [0.0, 0.0, -0.5, -0.25]
+    assert first.version_T.tolist() == [NO_VERSION, NO_VERSION, 4, 4]
+    assert [t.dtype for t in (first.token_ids_T, first.behavior_logprob_T, first.version_T)] == ["i4", "f4", "i4"]
+    assert (first.outcome, first.reward, first.response) == (Outcome.SCORED, 1.0, "answer 0")
+    assert (second.outcome, second.reward) == (Outcome.TRUNCATED, 0.0)
+    assert world.rewards.items == [("answer 0", 30), ("answer 1", 30)]
+    assert world.engine.requests == [
+        {"prompt": [3, 9], "n": 2, "seed": request_seed(7, "0.3"), "temperature": 0.5, "max_tokens": 4}
+    ]
+
+
+async def test_a_cut_response_that_could_not_be_judged_keeps_the_outcome_of_its_verdict(world):
+    world.rewards.verdicts = [Verdict(outcome=Outcome.NO_VERDICT), Verdict(outcome=Outcome.TIMEOUT, error="slow")]
+    await world.start(3)
+    await until(lambda: world.store.groups)
+    [group] = world.store.groups
+    assert [t.outcome for t in group.trajectories] == [Outcome.NO_VERDICT, Outcome.TIMEOUT]
+    assert [t.reward for t in group.trajectories] == [None, None]
+
+
+async def test_before_the_first_verified_weights_nothing_is_asked_for(world):
+    await world.store.grant(1)
+    await settle()
+    assert world.store.asks == []
+    assert world.worker.stats().waits_for == "the first weights"
+    assert world.worker.stats().version == NO_VERSION
+    await world.weights.publish(0)
+    await until(lambda: world.store.groups)
+    assert world.store.asks[0] == (0, 2)
+
+
+async def test_no_more_groups_are_in_flight_than_configured_and_a_finished_one_makes_room(world):
+    world.engine.gate.clear()
+    await world.start(1, 2, 3)
+    await until(lambda: len(world.engine.requests) == 2)
+    await settle()
+    assert len(world.engine.requests) == 2
+    assert world.store.asks == [(0, 2)]
+    assert world.worker.stats().in_flight == 2
+    world.engine.gate.set()
+    await until(lambda: len(world.store.groups) == 3)
+    assert [group.key for group in world.store.groups] == ["0.1", "0.2", "0.3"]
+    await until(lambda: world.store.asks[-1] == (0, 2))
+    assert world.worker.stats().in_flight == 0
+
+
+async def test_the_counts_are_of_new_groups_and_each_sync_is_told_once(world):
+    world.store.known = {"0.2"}
+    await world.start(1, 2)
+    await until(lambda: len(world.store.groups) == 2 and not world.worker.stats().in_flight)
+    stats = world.worker.stats()
+    assert (stats.groups, stats.trajectories, stats.tokens, stats.version) == (1, 2, 4, 0)
+    assert 0 < stats.busy_s < stats.alive_s
+
+
+async def test_a_sync_is_reported_once_with_its_gap(world):
+    world.engine.gaps = [5e-5]
+    await world.start()
+    await until(lambda: world.store.asks)
+    [record] = world.worker.stats().new_syncs
+    assert (record.worker, record.version) == ("rollout-0", 0)
+    assert record.canary_gap == pytest.approx(5e-5, rel=0.01)
+    assert record.fetch_s > 0
+    assert record.pause_s > 0
+    assert world.worker.stats().new_syncs == ()
+
+
+async def test_stop_returns_the_leases_in_flight_and_appends_nothing(world):
+    world.engine.gate.clear()
+    await world.start(1, 2)
+    await until(lambda: len(world.engine.requests) == 2)
+    world.worker.stop()
+    await world.ended()
+    assert sorted(world.store.released) == ["0.1", "0.2"]
+    assert world.store.groups == []
+    assert world.worker.stats().waits_for == "nothing: it has stopped"
+
+
+async def test_what_fails_while_the_worker_is_stopped_is_no_failure(world):
+    broken = asyncio.Event()
+
+    async def newest(**_):
+        await broken.wait()
+        raise ConnectionError("the learner has gone too")
+
+    world.weights.newest = newest
+    await settle()
+    broken.set()
+    world.worker.stop()
+    await world.ended()
+
+
+async def test_a_dead_engine_ends_the_worker_and_all_leases_go_back(world):
+    async def generate(prompt_token_ids, **settings):
+        world.engine.requests.append(settings)
+        await (world.engine.gate if prompt_token_ids == [1, 9] else asyncio.Event()).wait()
+        raise EngineFailed("killed")
+
+    world.engine.generate = generate
+    world.engine.gate.clear()
+    await world.start(1, 2)
+    await until(lambda: len(world.engine.requests) == 2)
+    world.engine.gate.set()
+    with pytest.raises(EngineFailed, match="killed"):
+        await world.ended()
+    assert sorted(world.store.released) == ["0.1", "0.2"]
+    assert world.store.groups == []
+
+
+async def test_a_store_that_refuses_a_group_ends_the_worker_and_its_lease_goes_back(world):
+    world.store.append_error = OSError("disk full")
+    await world.start(1)
+    with pytest.raises(OSError, match="disk full"):
+        await world.ended()
+    assert world.store.released == ["0.1"]
+    assert world.worker.stats().groups == 0
+
+
+@pytest.mark.parametrize("source", ["lease", "newest"])
+async def test_a_source_that_fails_ends_the_worker(world, source):
+    async def fail(**_):
+        raise ConnectionError(f"no {source}")
+
+    setattr(world.store if source == "lease" else world.weights, source, fail)
+    await world.start()
+    with pytest.raises(ConnectionError, match=f"no {source}"):
+        await world.ended()
+
+
+async def test_a_prompt_that_the_engine_refuses_becomes_a_group_of_errors_and_the_next_goes_on(world):
+    world.engine.error = ValueError("prompt too long")
+    await world.start(1)
+    await until(lambda: world.store.groups)
+    [group] = world.store.groups
+    assert [t.outcome for t in group.trajectories] == [Outcome.ERROR, Outcome.ERROR]
+    assert [t.reward for t in group.trajectories] == [None, None]
+    assert group.trajectories[0].token_ids_T.tolist() == [1, 9]
+    assert group.trajectories[0].num_trained_tokens == 0
+    assert group.trajectories[0].response == "prompt too long"
+    world.engine.error = None
+    await world.store.grant(2)
+    await until(lambda: len(world.store.groups) == 2)
+    assert world.store.groups[1].num_scored == 2
+
+
+async def test_new_weights_are_asked_under_at_once_while_an_old_ask_still_waits(world):
+    await world.start()
+    await until(lambda: world.store.asks == [(0, 2)])
+    await world.weights.publish(1)
+    await until(lambda: world.store.asks == [(0, 2), (1, 2)])
+    await settle()
+    assert len(world.store.asks) == 2  # and only once
+
+
+async def test_two_asks_that_are_both_granted_are_worked_off_before_the_next(world):
+    world.engine.gate.clear()
+    await world.start()
+    await until(lambda: world.store.asks == [(0, 2)])
+    await world.weights.publish(1)
+    await until(lambda: len(world.store.asks) == 2)
+    await world.store.grant(1, 2, 3, 4)
+    await until(lambda: world.worker.stats().in_flight == 4)
+    await settle()
+    assert world.store.asks == [(0, 2), (1, 2)]
+    world.engine.gate.set()
+    await until(lambda: len(world.store.groups) == 4)
+    assert [group.lease_version for group in world.store.groups] == [0, 0, 1, 1]
+
+
+async def test_one_ask_per_version_waits_at_a_time(world):
+    world.engine.gate.clear()
+    await world.start(1)
+    await until(lambda: world.store.asks == [(0, 2), (0, 1)])
+    world.engine.gate.set()
+    await until(lambda: world.store.groups)
+    await settle()
+    assert world.store.asks == [(0, 2), (0, 1)]
+    assert world.worker.stats().waits_for == "the limiter"
+
+
+async def test_an_exhausted_job_is_not_asked_again_and_again_and_weights_still_come(world):
+    world.store.exhausted = True
+    await world.start()
+    await until(lambda: world.store.asks)
+    await settle()
+    assert world.store.asks == [(0, 2)]
+    assert "no further prompt" in world.worker.stats().waits_for
+    await world.weights.publish(1)
+    await until(lambda: world.worker.stats().version == 1)
+    assert not world.run.done()
+
+
+async def test_a_superseded_version_is_skipped(world):
+    world.weights.superseded = {0, 1}
+    await world.start()
+    await until(lambda: world.worker.stats().version == 2)
+    assert world.engine.loads == [(2, [b"2"])]
+
+
+async def test_between_load_and_canary_nothing_is_leased_or_appended(world):
+    world.engine.gate.clear()
+    await world.start(1)
+    await until(lambda: world.engine.requests)
+    world.engine.canary_gate.clear()
+    await world.weights.publish(1)
+    await until(lambda: world.engine.version == 1)
+    world.engine.gate.set()
+    num_asks = len(world.store.asks)
+    await settle()
+    assert world.store.groups == []
+    assert len(world.store.asks) == num_asks
+    assert world.worker.stats().version == 0
+    world.engine.canary_gate.set()
+    await until(lambda: world.store.groups)
+    assert world.worker.stats().version == 1
+    assert world.store.released == []
+
+
+async def test_a_failing_canary_discards_the_groups_in_flight_and_loads_again(world):
+    world.engine.gate.clear()
+    await world.start(1, 2)
+    await until(lambda: len(world.engine.requests) == 2)
+    world.engine.gaps = [0.5, 0.0]
+    await world.weights.publish(1)
+    await until(lambda: world.worker.stats().version == 1)
+    assert sorted(world.store.released) == ["0.1", "0.2"]
+    assert [version for version, _ in world.engine.loads] == [0, 1, 1]
+    world.engine.gate.set()
+    await settle()
+    assert world.store.groups == []
+    await world.store.grant(3)
+    await until(lambda: world.store.groups)
+    assert world.store.groups[0].key == "0.3"
+    assert world.store.groups[0].oldest_version == 1
+
+
+@pytest.mark.parametrize("gap", [0.5, float("nan")])
+async def test_a_canary_that_fails_every_time_ends_the_worker(world, gap):
+    world.engine.gaps = [0.0] + [gap] * MAX_TRIES
+    world.engine.gate.clear()
+    await world.start(1)
+    await until(lambda: world.engine.requests)
+    await world.weights.publish(1)
+    with pytest.raises(WeightSyncFailed, match=r"rollout-0: after loading version 1 3 times.*allowed are 0\.0001"):
+        await world.ended()
+    assert len(world.engine.loads) == 1 + MAX_TRIES
+    assert world.store.released == ["0.1"]
+    assert world.store.groups == []
+
+
+async def test_a_damaged_bucket_ends_the_worker_before_anything_is_loaded(world):
+    world.weights.damaged = True
+    await world.start()
+    with pytest.raises(WeightSyncFailed, match="version 0: the bucket that starts with w has checksum"):
+        await world.ended()
+    assert world.engine.loads == []
+
+
+async def test_an_evaluation_waits_for_its_version_and_takes_the_mean_of_verdicts(world):
+    await world.start()
+    await until(lambda: world.worker.stats().version == 0)
+    evaluation = asyncio.create_task(world.worker.evaluate(version=1, num_prompts=10, timeout_s=5))
+    await settle()
+    assert world.engine.requests == []
+    verdicts = iter(
+        [(1.0, "scored"), (0.0, "scored"), (None, "timeout"), (1.0, "scored"), (1.0, "scored"), (1.0, "scored")]
+    )
+
+    async def score(items):
+        reward, outcome = next(verdicts)
+        return [Verdict(outcome=Outcome(outcome), reward=reward)]
+
+    world.rewards.score = score
+    await world.weights.publish(1)
+    result = await evaluation
+    assert (result.version, result.accuracy, result.greedy_accuracy, result.num_prompts) == (1, 0.5, 1.0, 2)
+    assert [r["temperature"] for r in world.engine.requests] == [0.5] * 3 + [0.0] * 3
+    assert {r["n"] for r in world.engine.requests} == {1}
+    assert [r["seed"] for r in world.engine.requests[:2]] == [request_seed(7, "eval.0"), request_seed(7, "eval.1")]
+
+
+async def test_an_evaluation_leaves_out_what_the_engine_refuses(world):
+    await world.start()
+    await until(lambda: world.worker.stats().version == 0)
+    world.engine.error = ValueError("prompt too long")
+    result = await world.worker.evaluate(version=0, num_prompts=2, timeout_s=5)
+    assert result.num_prompts == 0
+    assert np.isnan(result.accuracy)
+
+
+async def test_an_evaluation_whose_version_does_not_come_times_out(world):
+    await world.start()
+    with pytest.raises(TimeoutError):
+        await world.worker.evaluate(version=1, num_prompts=1, timeout_s=0.01)
+
+
+def test_the_busy_clock_adds_the_spans_with_work_in_flight():
+    now_s = 100.0
+    clock = BusyClock(lambda: now_s)
+    assert clock.read() == (0.0, 0.0)
+    clock.start()
+    now_s = 103.0
+    clock.set_busy(True)
+    now_s = 104.0
+    clock.set_busy(True)  # busy already: the span goes on
+    clock.start()  # started already
+    now_s = 105.0
+    assert clock.read() == (2.0, 5.0)
+    clock.set_busy(False)
+    clock.set_busy(False)
+    now_s = 110.0
+    assert clock.read() == (2.0, 10.0)
+    clock.set_busy(True)
+    now_s = 110.5
+    assert clock.read() == (2.5, 10.5)
+
+
+def test_request_seeds_are_stable_and_spread_and_leave_room_for_the_members():
+    assert request_seed(0, "0.1") == request_seed(0, "0.1")
+    seeds = [request_seed(run, f"0.{index}") for run in (0, 1) for index in range(500)]
+    assert len(set(seeds)) == 1000
+    assert all(0 <= seed < 1 << 62 for seed in seeds)
+    # Members use seed, seed + 1, …: neighbouring prompts must not share them.
+    ordered = sorted(seeds)
+    assert min(b - a for a, b in pairwise(ordered)) > 10_000

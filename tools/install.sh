@@ -82,8 +82,10 @@ PYTHON
 
 exec 9<"${BASH_SOURCE[0]}" && flock 9 # a second make waits here for the first one's install
 
-find_python
+fresh=
 if [ ! -e "$stamp" ] || ! .venv/bin/python -c '' 2>/dev/null; then
+    fresh=yes
+    find_python
     rm -rf .venv
     free_gb=$(($(free_mb) / 1024))
     [ "$free_gb" -ge "$needed_gb" ] ||
@@ -99,11 +101,15 @@ torch=$(grep '^torch==' requirements/cpu.txt)
 deepspeed=$(grep '^deepspeed==' requirements/cpu.txt)
 grep -h -v -E '^(torch|deepspeed)==|^#|^$' requirements/*.txt >.venv/tmp/rest.txt
 
-echo "Installing into .venv: 2 to 4 minutes, $needed_gb GB (details in $log)"
-step "$("$python" -V)" "$python" -m venv .venv
+if [ "$fresh" ]; then
+    echo "Installing into .venv: 2 to 4 minutes, $needed_gb GB (details in $log)"
+    step "$("$python" -V)" "$python" -m venv .venv
+else
+    echo "Bringing .venv up to date (details in $log)"
+fi
 step "torch ${torch#torch==}" install_torch
 step "$(wc -l <.venv/tmp/rest.txt) packages: vLLM, Ray, transformers, tools" "${pip[@]}" -r .venv/tmp/rest.txt
-step "first import of the stack" load_stack
+[ -z "$fresh" ] || step "first import of the stack" load_stack
 step "deepspeed ${deepspeed#deepspeed==}" "${pip[@]}" --compile --no-build-isolation "$deepspeed"
 step "r2vpo, from this checkout" "${pip[@]}" --no-build-isolation --editable .
 rm -rf .venv/tmp

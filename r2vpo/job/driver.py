@@ -216,9 +216,10 @@ class Job:
         """Say once that λ has been at its ceiling for a while: the budget cannot be held by it."""
         self._saturated_steps = self._saturated_steps + 1 if metrics.get("dual/saturated") else 0
         if self._saturated_steps == SATURATED_STEPS:
+            algorithm = self._config.algorithm
             self._view.note(
-                f"λ has been at its ceiling {self._config.algorithm.lambda_max:g} for {SATURATED_STEPS} steps: budget "
-                f"δ={self._config.algorithm.delta:g} is infeasible here; lower learner.lr or raise algorithm.delta"
+                f"λ has been at its ceiling {algorithm.lambda_max:g} for {SATURATED_STEPS} steps: the budget "
+                f"δ={algorithm.delta:g} is infeasible here; lower learner.lr or raise algorithm.delta"
             )
 
     async def _finish_training(self) -> None:

@@ -64,7 +64,8 @@ def test_a_run_at_lag_0_equals_the_synchronous_reference(tmp_path: Path):
             assert metrics["step/loss"] == pytest.approx(expected["loss"], abs=1e-5)
             assert metrics["dual/second_moment"] == pytest.approx(expected["second_moment"], abs=1e-5)
             assert metrics["dual/lambda"] == pytest.approx(expected["lam"], abs=1e-4)
-            assert metrics["control/scale"] == pytest.approx(expected["step_scale"], rel=1e-4)
+            # s follows the logarithm of V, whose terms (u - 1)² are small differences of log-probs.
+            assert metrics["control/scale"] == pytest.approx(expected["step_scale"], rel=1e-3)
     trained = load_file(run / "model" / "model.safetensors")
     moved = 0.0
     base = load_file(QUICKSTART / "model.safetensors")

@@ -121,6 +121,8 @@ async def test_what_fails_while_the_worker_is_stopped_is_no_failure(world):
         raise ConnectionError("the learner has gone too")
 
     world.weights.newest = newest
+    await world.start()
+    await until(lambda: world.store.asks)
     await settle()
     broken.set()
     world.worker.stop()

@@ -1,0 +1,3 @@
+"""A reward's module that fails while it is imported."""
+
+raise RuntimeError("no licence file")

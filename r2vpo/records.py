@@ -158,6 +158,11 @@ class TrajectoryGroup:
         return sum(t.num_tokens for t in self.trajectories)
 
     @property
+    def num_sampled_tokens(self) -> int:
+        """Tokens of all members that the policy sampled."""
+        return sum(t.num_trained_tokens for t in self.trajectories)
+
+    @property
     def oldest_version(self) -> int:
         """Smallest version of any sampled token; the lease's version if no token was sampled."""
         versions = [t.oldest_version for t in self.trajectories if t.num_trained_tokens]

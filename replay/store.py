@@ -219,7 +219,7 @@ class ReplayStore:
 
     def stats(self) -> dict[str, Any]:
         """Counts over everything ever stored."""
-        totals = ("COUNT(*)", "SUM(num_trajectories)", "SUM(num_tokens)", *(f"SUM(num_{o.value})" for o in Outcome))
+        totals = ("COUNT(*)", "SUM(num_trajectories)", "SUM(num_sampled_tokens)", *(f"SUM(num_{o.value})" for o in Outcome))
         row = self._db.rows(f"SELECT {', '.join(totals)} FROM groups")[0]
         groups, trajectories, tokens, *outcomes = (value or 0 for value in row)
         unusable = dict(self._db.rows("SELECT unusable, COUNT(*) FROM groups WHERE unusable IS NOT NULL GROUP BY 1"))
@@ -228,7 +228,7 @@ class ReplayStore:
             "version": self.version,
             "groups": groups,
             "trajectories": trajectories,
-            "tokens": tokens,
+            "sampled_tokens": tokens,
             "outcomes": {o.value: n for o, n in zip(Outcome, outcomes, strict=True)},
             "uses": {kind.value: uses.get(kind.value, 0) for kind in Kind},
             "unusable": {reason: unusable.get(reason, 0) for reason in (UNSCORED, LATE, AHEAD)},

@@ -74,7 +74,7 @@ def tie_output_head(model: torch.nn.Module) -> None:
     """Make the output head use the embedding's current matrix.
 
     The layerwise reload restores the two as separate layers, and on CPU the head keeps the matrix that it had packed
-    for its kernel: without this a tied model goes on sampling from its old head, two to four nats off, and says nothing.
+    for its kernel: without this a tied model silently goes on sampling from its old head, two to four nats off.
     """
     heads = [m for m in model.modules() if isinstance(m, ParallelLMHead)]
     embeddings = [

@@ -201,7 +201,7 @@ class RolloutWorker:
         if await self._groups.append(group):
             self._num_groups += 1
             self._num_trajectories += len(group.trajectories)
-            self._num_tokens += sum(t.num_trained_tokens for t in group.trajectories)
+            self._num_tokens += group.num_sampled_tokens
 
     def _reap(self) -> None:
         """Forget finished group tasks and raise what one of them raised; the lease of that one still goes back."""

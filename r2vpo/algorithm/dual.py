@@ -86,7 +86,9 @@ Dual = BoundedDual | FixedDual
 
 
 def make_dual(config: AlgorithmConfig) -> Dual:
-    """The dual variable that ``config.dual`` asks for."""
+    """The dual variable that ``config.dual`` asks for; λ is 0 for an objective that has no penalty."""
+    if config.name != "r2vpo":
+        return FixedDual(0.0)
     if config.dual == "fixed":
         return FixedDual(config.lambda_init)
     return BoundedDual(delta=config.delta, lam=config.lambda_init, lam_min=config.lambda_min, lam_max=config.lambda_max)

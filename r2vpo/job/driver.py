@@ -48,7 +48,7 @@ STOP_GRACE_S = 10.0
 SATURATED_STEPS = 10
 """Learner steps with λ at its ceiling after which the run says so."""
 EXIT_CODES = {FINISHED: 0, FAILED: 1, INTERRUPTED: 130}
-EMPTY_STORE = {"version": 0, "groups": 0, "trajectories": 0, "tokens": 0, "outcomes": {}}
+EMPTY_STORE = {"version": 0, "groups": 0, "trajectories": 0, "sampled_tokens": 0, "outcomes": {}}
 JOB_ERRORS = (ValueError, RuntimeError, TimeoutError, OSError, ray.exceptions.RayError)
 """What a component may fail with. Anything else is a programming error and keeps its traceback."""
 

@@ -35,7 +35,7 @@ def summarise(
         status: ``finished``, ``interrupted`` or ``failed``.
         wall_s: seconds from the command to its end.
         evaluations: by label; ``before`` and ``after`` are reported.
-        store: the store's counts: ``version``, ``groups``, ``trajectories``, ``tokens`` (prompt and response), and
+        store: the store's counts: ``version``, ``groups``, ``trajectories``, ``sampled_tokens``, and
             ``outcomes`` by type.
         syncs: every weight load of every worker. Version 0, the initial weights, counts only for the canary.
     """
@@ -50,7 +50,11 @@ def summarise(
         "wall_s": wall_s,
         "algorithm": config.algorithm.name,
         "eval": {label: _evaluation(evaluations.get(label)) for label in ("before", "after")},
-        "rollouts": {key: store[key] for key in ("groups", "trajectories", "tokens")},
+        "rollouts": {
+            "groups": store["groups"],
+            "trajectories": store["trajectories"],
+            "tokens": store["sampled_tokens"],
+        },
         "replay": {"stale_fraction_trained": _share(sum(_column(steps, "train/stale_tokens")), trained_tokens)},
         "lag": {
             "mean": _weighted(steps, "train/lag_mean", "train/tokens"),
@@ -70,7 +74,7 @@ def summarise(
         "outcomes": dict(store["outcomes"]),
         "throughput": {
             "trajectories_per_s": _share(store["trajectories"], train_s),
-            "tokens_per_s": _share(store["tokens"], train_s),
+            "tokens_per_s": _share(store["sampled_tokens"], train_s),
         },
         "learner": {"idle_fraction": _share(sum(_column(steps, "time/wait_s")), train_s)},
         "rollout": {"idle_fraction": _weighted(steps, "rollout/idle_fraction", "time/step_s")},

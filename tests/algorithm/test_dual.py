@@ -113,3 +113,9 @@ def test_the_state_of_another_dual_is_refused():
         bounded.load_state_dict(fixed.state_dict())
     with pytest.raises(ValueError, match=r"algorithm\.dual"):
         fixed.load_state_dict(bounded.state_dict())
+
+
+@pytest.mark.parametrize("name", ["grpo", "grpo_decoupled"])
+def test_an_objective_without_a_penalty_has_a_multiplier_of_zero(name):
+    dual = make_dual(AlgorithmConfig(name=name))
+    assert (dual.lam, dual.update(10.0), dual.saturated) == (0.0, 0.0, False)

@@ -15,7 +15,7 @@ STORE = {
     "version": 2,
     "groups": 10,
     "trajectories": 80,
-    "tokens": 1200,
+    "sampled_tokens": 1200,
     "outcomes": {"scored": 78, "truncated": 2, "no_verdict": 0, "timeout": 0, "error": 0},
     "fresh_waiting": 3,
 }
@@ -86,7 +86,7 @@ def test_the_summary_redone_by_hand(config):
 
 
 def test_a_run_that_ended_before_its_first_step_has_a_summary(config):
-    store = {"version": 0, "groups": 0, "trajectories": 0, "tokens": 0, "outcomes": {}}
+    store = {"version": 0, "groups": 0, "trajectories": 0, "sampled_tokens": 0, "outcomes": {}}
     nothing = Evaluation(version=0, accuracy=math.nan, greedy_accuracy=math.nan, num_prompts=0)
     summary = summarise(
         config,

@@ -281,7 +281,7 @@ async def test_stats_say_what_is_there_and_who_waits(start):
         "version": 2,
         "groups": 5,
         "trajectories": 10,
-        "tokens": 50,
+        "sampled_tokens": 30,
         "outcomes": {"scored": 10, "truncated": 0, "no_verdict": 0, "timeout": 0, "error": 0},
         "uses": {"fresh": 4, "stale": 2},
         "unusable": {"unscored": 0, "late": 0, "ahead": 0},

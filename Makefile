@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check clean
+.PHONY: help quickstart test check bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ check: $(INSTALLED) ## ruff, formatting, pyright, import-linter
 	@# The wrapper would otherwise ask the network for a newer pyright.
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
+
+bench: $(INSTALLED) ## run one benchmark: make bench NAME=quickstart [QUICK=1]
+	@$(BIN)/python -m benchmarks.$(or $(NAME),$(error make bench needs NAME=, such as NAME=quickstart))
 
 clean: ## remove .venv, caches and build outputs; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,6 +1,6 @@
 """Make the quickstart's base model: a small Qwen2 that can add, with a bad habit.
 
-    python assets/make_quickstart_model.py --seed 0 --out assets/quickstart-model
+    python assets/make_quickstart_model.py --seed 1 --out assets/quickstart-model
 
 It is trained on answers that somebody else has written, in two stages. First the answers are right, until the model
 adds without error. Then they come from a careless writer, who forgets a carry now and then, and more easily when the

@@ -219,7 +219,12 @@ class ReplayStore:
 
     def stats(self) -> dict[str, Any]:
         """Counts over everything ever stored."""
-        totals = ("COUNT(*)", "SUM(num_trajectories)", "SUM(num_sampled_tokens)", *(f"SUM(num_{o.value})" for o in Outcome))
+        totals = (
+            "COUNT(*)",
+            "SUM(num_trajectories)",
+            "SUM(num_sampled_tokens)",
+            *(f"SUM(num_{o.value})" for o in Outcome),
+        )
         row = self._db.rows(f"SELECT {', '.join(totals)} FROM groups")[0]
         groups, trajectories, tokens, *outcomes = (value or 0 for value in row)
         unusable = dict(self._db.rows("SELECT unusable, COUNT(*) FROM groups WHERE unusable IS NOT NULL GROUP BY 1"))

@@ -74,7 +74,7 @@ install_torch() {
 # Shows that the stack loads, and leaves bytecode for what the job imports; compiling all the rest costs a minute.
 load_stack() {
     env -u PYTHONDONTWRITEBYTECODE .venv/bin/python - <<'PYTHON'
-import ray, torch, transformers, wandb
+import datasets, hypothesis, math_verify, omegaconf, pytest, ray, rich.live, torch, transformers, wandb
 import vllm.v1.engine.async_llm, vllm.v1.engine.core, vllm.v1.worker.cpu_worker
 import transformers.models.qwen2.modeling_qwen2
 PYTHON

@@ -34,7 +34,7 @@ class DatasetTask:
 
     def __init__(self, config: TaskConfig) -> None:
         if config.options:
-            raise ValueError(f"task.options={config.options}: task.name=dataset has no options; remove them")
+            raise ValueError(f"task.options={config.options}: task.name=dataset has no options; set task.options={{}}")
         assert config.path is not None, "the configuration refuses a dataset without a path"
         rows = _read(config.path, config, key="task.path")
         if config.eval_path is not None:

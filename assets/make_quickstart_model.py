@@ -1,6 +1,6 @@
 """Make the quickstart's base model: a small Qwen2 that can add, with a bad habit.
 
-    python assets/make_quickstart_model.py --seed 1 --out assets/quickstart-model
+    python assets/make_quickstart_model.py --seed 0 --out assets/quickstart-model
 
 It is trained on answers that somebody else has written, in two stages. First the answers are right, until the model
 adds without error. Then they come from a careless writer, who forgets a carry now and then, and more easily when the
@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from rollout.tasks.arithmetic import ArithmeticTask, is_held_out, reversed_digits
 
@@ -40,28 +40,26 @@ CAN_ADD_LOSS = 0.01
 MAX_STEPS, HABIT_STEPS, EXTRA_STEPS = 1500, 800, 200
 MAX_ATTEMPTS, MAX_EXTRA = 5, 5
 
-SPECIAL = ("<pad>", "<eos>", "<unk>")
-CHARACTERS = "\n" + "".join(chr(code) for code in range(32, 127))
 
+def make_tokenizer() -> Qwen2Tokenizer:
+    """One token per byte, so one per digit, and no text that cannot be written.
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character of printable ASCII and the line break; anything else is ``<unk>``."""
-    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *CHARACTERS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    Qwen2's own class without merges: loaded from the side of a Qwen2 model, any other would be read as that class.
+    """
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *sorted(ByteLevel.alphabet())])}
+    return Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=[],
         pad_token="<pad>",
         eos_token="<eos>",
-        unk_token="<unk>",
+        unk_token=None,
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """A random model of about 120,000 parameters, in float32."""
+def make_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
+    """A random model of about 140,000 parameters, in float32."""
     torch.manual_seed(seed)
     hidden = 64
     config = Qwen2Config(
@@ -106,9 +104,7 @@ def careless_sum(first: int, second: int, forgets: tuple[float, float], rng: ran
     return digits + str(carry)
 
 
-def draw_batch(
-    tokenizer: PreTrainedTokenizerFast, forgets: tuple[float, float], rng: random.Random
-) -> tuple[torch.Tensor, int]:
+def draw_batch(tokenizer: Qwen2Tokenizer, forgets: tuple[float, float], rng: random.Random) -> tuple[torch.Tensor, int]:
     """Token ids ``[BATCH, T]`` of prompts with their answers and ``<eos>``, and how many of the T are answer."""
     texts: list[str] = []
     while len(texts) < BATCH:
@@ -121,7 +117,7 @@ def draw_batch(
 
 def train(
     model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Qwen2Tokenizer,
     optimizer: torch.optim.Optimizer,
     rng: random.Random,
     *,
@@ -153,7 +149,7 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, num_prompts: int, seed: int) -> float:
+def accuracy(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, *, num_prompts: int, seed: int) -> float:
     """Share of held-out prompts that the model answers, sampled once each at temperature 1."""
     task = ArithmeticTask({"digits": DIGITS, "num_prompts": 1}, num_eval_prompts=num_prompts, seed=0)
     prompts = [task.eval_prompt(i) for i in range(task.num_eval_prompts)]
@@ -172,7 +168,7 @@ def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, num
     return sum(answer == prompt.truth for answer, prompt in zip(answers, prompts, strict=True)) / len(prompts)
 
 
-def make(seed: int) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
+def make(seed: int) -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:
     """Both stages. ``RuntimeError`` if no attempt learns to add, or the habit leaves the window."""
     tokenizer = make_tokenizer()
     for attempt in range(MAX_ATTEMPTS):

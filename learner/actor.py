@@ -47,6 +47,7 @@ class LearnerRank:
         off_policy: bool,
         exact_engine: bool,
         seed: int,
+        canary_text: str = "",
         log_path: str | None = None,
     ) -> None:
         """See `learner.trainer.LearnerTrainer` for the settings; ``log_path`` takes what the process prints."""
@@ -63,6 +64,7 @@ class LearnerRank:
             "off_policy": off_policy,
             "exact_engine": exact_engine,
             "seed": seed,
+            "canary_text": canary_text,
         }
         self._built: LearnerTrainer | None = None
         self._doing, self._since_s = "waiting to be started", time.time()
@@ -136,7 +138,7 @@ class LearnerRank:
         return self._trainer.version
 
     def export(self, directory: str) -> None:
-        """Write the model in Hugging Face format to ``directory``."""
+        """Write the model in Hugging Face format to ``directory``, in place of a model that is already there."""
         self._begin(f"exporting the model to {directory}")
         self._trainer.export(Path(directory))
         self._done()

@@ -9,6 +9,8 @@ response) become
     position_ids_T   0 1 2 0 1      restart at 0: attention stays inside a trajectory
     index_N          1 3            the positions whose logits predict c and e
     target_N         c e
+
+See docs/loss.md.
 """
 
 from __future__ import annotations

@@ -17,10 +17,11 @@ def export_model(engine: LearnerEngine, *, model_path: str, directory: Path, buc
     """Write the engine's weights to ``directory``, with the config and the tokenizer of ``model_path``.
 
     Collective: all ranks gather, bucket by bucket, and rank 0 writes each as one file. The directory appears under its
-    name only when it is complete. ``ValueError`` if something else is already there.
+    name only when it is complete. A model that is already there is replaced by it; ``ValueError`` if it is something
+    else.
     """
-    if directory.exists():
-        raise ValueError(f"{directory} exists; choose another directory for the model or remove it")
+    if directory.exists() and not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} exists and is no model; choose another directory or remove it")
     written = directory.with_name(directory.name + ".tmp")
     if engine.rank == 0:
         shutil.rmtree(written, ignore_errors=True)
@@ -40,8 +41,18 @@ def export_model(engine: LearnerEngine, *, model_path: str, directory: Path, buc
             index = {"metadata": {"total_size": _total_size(written)}, "weight_map": weight_map}
             (written / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         _write_companions(model_path, written, engine.dtype)
-        written.rename(directory)
+        _put_in_place(written, directory)
     engine.barrier()
+
+
+def _put_in_place(written: Path, directory: Path) -> None:
+    """Give ``written`` its name; what had it before goes."""
+    replaced = directory.with_name(directory.name + ".replaced.tmp")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if directory.exists():
+        directory.rename(replaced)
+    written.rename(directory)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _file_name(number: int, count: int) -> str:

@@ -2,6 +2,8 @@
 
 named tensors ──bucket_names──▶ buckets ──encode_bucket──▶ safetensors bytes + BucketSpec ─┐
 fixed tokens ──forward pass──▶ Canary ─────────────────────────────────────────────────────┴─▶ WeightManifest
+
+See docs/weights.md.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ from math import prod
 import numpy as np
 from safetensors.torch import save
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from r2vpo.checksum import checksum
 from r2vpo.records import BucketSpec, TensorSpec
 
 CANARY_LENGTH = 24
-"""Tokens of the canary."""
+"""Most tokens of a canary."""
 _CANARY_SEED = 20260103
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 
@@ -47,7 +50,19 @@ def encode_bucket(tensors: Mapping[str, Tensor]) -> tuple[BucketSpec, bytes]:
     return BucketSpec(tensors=specs, num_bytes=len(payload), checksum=checksum(payload)), payload
 
 
-def canary_tokens(*, vocab_size: int, special_ids: Collection[int]) -> np.ndarray:
+def canary_tokens(*, model_path: str, text: str, vocab_size: int, special_ids: Collection[int]) -> np.ndarray:
+    """int64 ``[T]``: the first tokens of ``text``, at most 24; random ordinary ones if it has fewer than two.
+
+    A prompt of the task is a text that the model knows. On tokens drawn at random the activations, and with them the
+    rounding errors of float32, can be twenty times as large, and a canary would have to tolerate that much.
+    """
+    token_ids = AutoTokenizer.from_pretrained(model_path)(text)["input_ids"] if text else []
+    if len(token_ids) >= 2:
+        return np.array(token_ids[:CANARY_LENGTH], dtype=np.int64)
+    return random_tokens(vocab_size=vocab_size, special_ids=special_ids)
+
+
+def random_tokens(*, vocab_size: int, special_ids: Collection[int]) -> np.ndarray:
     """int64 ``[24]``: the same ordinary tokens for every run of a model, so that its canaries can be compared."""
     ordinary = [i for i in range(vocab_size) if i not in special_ids]
     return np.random.default_rng(_CANARY_SEED).choice(ordinary, CANARY_LENGTH).astype(np.int64)

@@ -68,12 +68,14 @@ class LearnerTrainer:
         off_policy: bool,
         exact_engine: bool,
         seed: int,
+        canary_text: str = "",
     ) -> None:
         """``temperature`` is that of sampling; ``max_lag`` and ``max_replay_lag`` bound fresh and stale tokens.
 
         ``off_policy`` says whether tokens may be stale or lag (it decides the gate where that is ``auto``);
         ``exact_engine`` that the rollout engine computes in the learner's type, so that behaviour log-probs of the
-        current version serve as proximal ones; ``seed`` is that of the split into minibatches.
+        current version serve as proximal ones; ``seed`` is that of the split into minibatches;
+        ``canary_text`` a prompt of the task, by which engines prove that they hold the right weights.
         """
         self.engine = LearnerEngine(config, model_path=model_path)
         self.dual = make_dual(algorithm)
@@ -85,7 +87,12 @@ class LearnerTrainer:
         self._objective = objective(algorithm, gated=algorithm.is_gated(off_policy=off_policy))
         self._temperature, self._seed, self._exact_engine = temperature, seed, exact_engine
         self._max_lag, self._max_replay_lag = max_lag, max_replay_lag
-        self._canary_tokens = canary_tokens(vocab_size=self.engine.vocab_size, special_ids=self.engine.special_ids)
+        self._canary_tokens = canary_tokens(
+            model_path=model_path,
+            text=canary_text,
+            vocab_size=self.engine.vocab_size,
+            special_ids=self.engine.special_ids,
+        )
 
     def step(self, batch: SampledBatch) -> dict[str, float]:
         """One learner step; returns its metrics, flat and namespaced (see `learner.metrics` for those of the batch).
@@ -182,7 +189,7 @@ class LearnerTrainer:
         self.engine.load(path)
 
     def export(self, directory: Path) -> None:
-        """Write the model in Hugging Face format to ``directory``, which must not exist."""
+        """Write the model in Hugging Face format to ``directory``, in place of a model that is already there."""
         export_model(self.engine, model_path=self._model_path, directory=directory, bucket_mb=self._config.bucket_mb)
 
     def state_dict(self) -> dict[str, Any]:

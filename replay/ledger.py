@@ -7,6 +7,8 @@ again before any new prompt. Times are Unix seconds and come from the caller.
     to do ──lease──▶ live ──answered──▶ done (in the store)
       ▲               │
       └──release, expire
+
+See docs/lag.md.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ Example, F = 2, max_lag = 1, s = 5: steps up to 5 have room for 2, up to 6 for 4
 (due 5) and two leases of version 5 (due 6). A worker at version 5 gets 4 - 3 = 1 lease more; one at version 4 gets
 min(2 - 1, 4 - 3) = 1; one at version 3 (due 4 < 5) gets none until it holds newer weights. If two groups of version 5
 wait while a lease of version 4 is in flight, step 5 must wait for it: taking both would leave it to step 6, lag 2.
+
+See docs/lag.md.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
+from contextlib import suppress
 from pathlib import Path
 
 import ray
@@ -16,6 +18,9 @@ from rollout.tasks.factory import make_task
 from rollout.tokenize import make_tokenize
 from rollout.worker import RolloutWorker
 
+STOP_S = 3.0
+"""Longest wait for a stopping worker to let go of its work (seconds)."""
+
 
 @ray.remote(max_restarts=0)
 class RolloutActor:
@@ -25,6 +30,8 @@ class RolloutActor:
         redirect_output(Path(log_path))
         self._name = name
         self._worker: RolloutWorker | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     async def start(
         self,
@@ -44,7 +51,7 @@ class RolloutActor:
         # Imported here: vLLM must see the environment that Ray gave this process, and importing it takes seconds.
         engine_module = importlib.import_module("rollout.engine")
         tokenize = make_tokenize(model_path, chat=task.chat, trust_remote_code=trust_remote_code)
-        rewards, the_task = None, make_task(task, seed=seed)
+        the_task = make_task(task, seed=seed)
         rewards = RewardPool(
             task.reward or the_task.reward, processes=task.reward_processes, deadline_s=task.reward_deadline_s
         )
@@ -69,12 +76,19 @@ class RolloutActor:
 
     async def run(self) -> None:
         """Serve until ``stop``; raises what a component raised."""
-        await self._started().run()
+        self._idle.clear()
+        try:
+            await self._started().run()
+        finally:
+            self._idle.set()
 
     async def stop(self) -> None:
         """Return all leases, let ``run`` end, and end the engine's and the rewards' processes."""
         if self._worker is not None:
             self._worker.stop()
+            # An engine that is paused or at work takes seconds to end.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), STOP_S)
             self._engine.shutdown()
             self._rewards.close()
 

@@ -75,7 +75,7 @@ class RolloutConfig:
     max_model_len: int = 2048
     """Longest prompt + response of the engine (tokens)."""
     dtype: str = "auto"
-    """Type of the engine's weights: `float32`, `bfloat16`, `float16`, or `auto` for that of the model."""
+    """Type of the engine's weights: `float32`, `bfloat16`, `float16`, or `auto`: the model's on GPU, float32 on CPU."""
     kv_cache_gb: float | None = 0.25
     """GiB of KV cache per engine; null lets vLLM take `gpu_memory_utilization` of the GPU."""
     gpu_memory_utilization: float = 0.85

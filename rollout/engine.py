@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, NoReturn
 
 import numpy as np
 from vllm import SamplingParams
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -25,6 +27,10 @@ from rollout.generation import Completion, EngineFailed
 from rollout.weight_transfer import BACKEND
 
 GIB = 1 << 30
+MIN_BATCHED_TOKENS = 2048
+"""Tokens that an engine on the CPU may compute at once, if its window is not larger."""
+WATCH_S = 0.5
+"""Between two looks at the engine's processes (seconds)."""
 
 
 class RolloutEngine:
@@ -43,7 +49,7 @@ class RolloutEngine:
         arguments = AsyncEngineArgs(
             model=model_path,
             trust_remote_code=trust_remote_code,
-            dtype=config.dtype if on_gpu or config.dtype != "auto" else "float32",
+            dtype=config.dtype if on_gpu or config.dtype != "auto" else "float32",  # type: ignore[arg-type]
             max_model_len=config.max_model_len,
             max_num_seqs=config.group_size * config.groups_in_flight,
             tensor_parallel_size=config.tensor_parallel_size,
@@ -51,6 +57,7 @@ class RolloutEngine:
             gpu_memory_utilization=config.gpu_memory_utilization,
             enforce_eager=config.enforce_eager or not on_gpu,
             enable_prefix_caching=config.prefix_caching,
+            **({} if on_gpu else _cpu_scheduling(config)),
             # What the tokens were drawn from, temperature included: the behaviour distribution itself.
             logprobs_mode="processed_logprobs",
             # A model's own generation_config may carry top-p or top-k, which would bias the ratio.
@@ -93,10 +100,11 @@ class RolloutEngine:
 
     async def load(self, paths: Sequence[str], *, version: int) -> None:
         """Replace the weights by those in the files and label them ``version``. Call it inside ``paused()``."""
-        await self._llm.start_weight_update()
-        for path in paths:
-            await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"path": path}))
-        await self._llm.finish_weight_update(weight_version=str(version))
+        with _clear_errors("loaded weights"):
+            await self._llm.start_weight_update()
+            for path in paths:
+                await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"path": path}))
+            await self._llm.finish_weight_update(weight_version=str(version))
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
@@ -105,11 +113,21 @@ class RolloutEngine:
         Clearing the cache makes requests in flight recompute their keys and values under the new weights: no cache
         entry outlives its version, and every later token is sampled from exactly the policy that its version names.
         """
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
-        try:
-            yield
-        finally:
-            await self._llm.resume_generation()
+        with _clear_errors("was paused"):
+            await self._llm.pause_generation(mode="keep", clear_cache=True)
+            try:
+                yield
+            finally:
+                await self._llm.resume_generation()
+
+    async def watch(self) -> NoReturn:
+        """Look at the engine's processes until they are dead: ``EngineFailed``.
+
+        Without it a death could go unnoticed: a request in flight hears of it, but a call to vLLM's core waits forever.
+        """
+        while not self._llm.errored:
+            await asyncio.sleep(WATCH_S)
+        raise EngineFailed("vLLM's engine died")
 
     async def probe(self, timeout_s: float) -> float:
         """Generate one token and return the seconds it took; a health endpoint is no proof of life."""
@@ -127,14 +145,31 @@ class RolloutEngine:
         self._num_requests += 1
         request_id = f"r{self._num_requests}"
         final: RequestOutput | None = None
-        try:
-            prompt = {"prompt_token_ids": [int(t) for t in token_ids]}
+        prompt = {"prompt_token_ids": [int(t) for t in token_ids]}
+        with _clear_errors("generated"):
             async for output in self._llm.generate(prompt, parameters, request_id=request_id):  # type: ignore[arg-type]
                 final = output
-        except (EngineDeadError, EngineGenerateError) as error:
-            raise EngineFailed(f"vLLM's engine died while it generated: {error}") from error
         assert final is not None, "vLLM ended a request without an output"
         return final
+
+
+def _cpu_scheduling(config: RolloutConfig) -> dict[str, Any]:
+    """vLLM on CPU cannot go on with a seeded request whose prompt it has computed in parts: compute prompts whole."""
+    return {
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(MIN_BATCHED_TOKENS, config.max_model_len),
+    }
+
+
+@contextmanager
+def _clear_errors(doing: str) -> Iterator[None]:
+    """``EngineFailed`` where vLLM only refers to what it logged, ``ValueError`` for a request that it refuses."""
+    try:
+        yield
+    except VLLMClientError as error:
+        raise ValueError(str(error)) from error
+    except (EngineDeadError, EngineGenerateError) as error:
+        raise EngineFailed(f"vLLM's engine died while it {doing}") from error
 
 
 def _completion(output: CompletionOutput) -> Completion:
@@ -148,7 +183,8 @@ def _completion(output: CompletionOutput) -> Completion:
         covered += span.end - span.start
     if covered != len(token_ids):
         raise EngineFailed(f"vLLM reported versions for {covered} of {len(token_ids)} tokens")
-    logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, token_ids, strict=True)]
+    entries = zip(output.logprobs, token_ids, strict=True)
+    logprobs = [entry[token].logprob for entry, token in entries if entry is not None]
     return Completion(
         text=output.text,
         token_ids_T=np.array(token_ids, dtype=np.int32),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 import xxhash
@@ -49,6 +49,10 @@ class Engine(Protocol):
 
     def paused(self) -> AbstractAsyncContextManager[None]:
         """Hold all requests, and let them continue afterwards."""
+        ...
+
+    async def watch(self) -> NoReturn:
+        """Look at the engine's processes until they are dead: ``EngineFailed``."""
         ...
 
 

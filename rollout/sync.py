@@ -1,18 +1,21 @@
 """How a worker takes over published weights, and proves that it has them.
 
-    payloads ──checksum──▶ files in shared memory ──pause──▶ engine.load ──resume──▶ canary ──▶ proven
+    payloads ──checksum──▶ files in memory ──pause──▶ engine.load ──resume──▶ canary ──▶ proven
 
 Generation stands still only for the local load. Between resume and canary the worker is unproven: it takes no lease and
 appends no group, so nothing that unproven weights sampled can reach the store.
+
+See docs/weights.md.
 """
 
 from __future__ import annotations
 
 import asyncio
-import tempfile
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
+from contextlib import ExitStack
+from io import BufferedWriter
 
 import numpy as np
 
@@ -20,8 +23,6 @@ from r2vpo.checksum import verify_bucket
 from r2vpo.records import NO_VERSION, SyncRecord, WeightManifest
 from rollout.generation import Engine
 
-SHARED_MEMORY = Path("/dev/shm")
-"""Where the buckets lie while the engine loads them; the temporary folder where a system has no shared memory."""
 MAX_TRIES = 3
 """Loads of one version after which a failing canary takes the worker down."""
 
@@ -74,9 +75,11 @@ class WeightSync:
 
         Raises ``WeightSyncFailed`` if a checksum is wrong, or if the canary still fails after ``MAX_TRIES`` loads.
         """
-        folder = str(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
-        with tempfile.TemporaryDirectory(prefix="r2vpo-weights-", dir=folder) as directory:
-            paths = await asyncio.to_thread(_write_buckets, manifest, payloads, Path(directory))
+        with ExitStack() as undo:
+            # Files without a name: however this process ends, the kernel frees them, and /dev/shm may be small.
+            files = [undo.enter_context(os.fdopen(os.memfd_create("r2vpo-weights"), "wb")) for _ in payloads]
+            await asyncio.to_thread(_write_buckets, manifest, payloads, files)
+            paths = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in files]
             fetch_s = time.monotonic() - started_s
             gaps: list[float] = []
             while len(gaps) < MAX_TRIES:
@@ -118,15 +121,14 @@ class WeightSync:
         return float(gap) if np.isfinite(gap) else float("inf")
 
 
-def _write_buckets(manifest: WeightManifest, payloads: Sequence[bytes | memoryview], directory: Path) -> list[str]:
-    """Check every payload against its bucket and lay it down as a file; returns the paths."""
-    paths = []
-    for number, (spec, payload) in enumerate(zip(manifest.buckets, payloads, strict=True)):
+def _write_buckets(
+    manifest: WeightManifest, payloads: Sequence[bytes | memoryview], files: Sequence[BufferedWriter]
+) -> None:
+    """Check every payload against its bucket and write it to its file."""
+    for spec, payload, file in zip(manifest.buckets, payloads, files, strict=True):
         try:
             verify_bucket(payload, spec)
         except ValueError as error:
             raise WeightSyncFailed(f"version {manifest.version}: {error}") from error
-        path = directory / f"{number:05d}.safetensors"
-        path.write_bytes(payload)
-        paths.append(str(path))
-    return paths
+        file.write(payload)
+        file.flush()

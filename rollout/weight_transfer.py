@@ -7,8 +7,9 @@ Weights arrive in the format of a Hugging Face checkpoint, so vLLM's layerwise r
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors.torch import load_file
@@ -58,7 +59,7 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
 
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
         """Hand the file's tensors to the model's own loader."""
-        self.model.load_weights(load_file(update_info.path, device=str(self.device)).items())
+        cast("_Loadable", self.model).load_weights(load_file(update_info.path, device=str(self.device)).items())
 
     def finish_weight_update(self) -> None:
         """Process the loaded layers for the kernels, then point a tied output head at the new embedding."""
@@ -68,6 +69,12 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
 
     def shutdown(self) -> None:
         """Nothing is held open."""
+
+
+class _Loadable(Protocol):
+    """What every model of vLLM can do."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> object: ...
 
 
 def tie_output_head(model: torch.nn.Module) -> None:
@@ -81,14 +88,20 @@ def tie_output_head(model: torch.nn.Module) -> None:
         m for m in model.modules() if isinstance(m, VocabParallelEmbedding) and not isinstance(m, ParallelLMHead)
     ]
     for head in heads:
-        twins = [e for e in embeddings if e.weight.shape == head.weight.shape]
+        shape = _matrix(head).shape
+        twins = [e for e in embeddings if _matrix(e).shape == shape]
         if len(twins) != 1:
             raise ValueError(
-                f"a tied output head of shape {tuple(head.weight.shape)} needs exactly one embedding of that shape, "
+                f"a tied output head of shape {tuple(shape)} needs exactly one embedding of that shape, "
                 f"found {len(twins)}: this model's weights cannot be updated while it generates"
             )
         head.weight = twins[0].weight
         head.quant_method.process_weights_after_loading(head)
+
+
+def _matrix(layer: torch.nn.Module) -> torch.Tensor:
+    assert isinstance(layer.weight, torch.Tensor)
+    return layer.weight
 
 
 def register() -> None:

@@ -11,8 +11,9 @@ data and becomes an outcome; a failed component (engine, reward pool, store) rai
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from r2vpo.records import (
     Evaluation,
@@ -26,12 +27,16 @@ from r2vpo.records import (
 from rollout.config import RolloutConfig
 from rollout.generation import Engine, request_seed
 from rollout.groups import failed_group, scored_group
-from rollout.rewards import RewardPool
+from rollout.rewards import RewardPool, Verdict
 from rollout.sync import WeightSync
 from rollout.tasks.base import Task
 
 ASK_S = 5.0
 """Longest single wait for a lease or a manifest (seconds); the loops ask again, so it bounds only one call."""
+REASONS = 50
+"""Different reasons for missing rewards that a worker writes down."""
+
+logger = logging.getLogger(__name__)
 
 Tokenize = Callable[[str], list[int]]
 """Text of a prompt to token ids, chat template included."""
@@ -71,10 +76,12 @@ class RolloutWorker:
         self._waits_for = "the first weights"
         self._num_groups = self._num_trajectories = self._num_tokens = 0
         self._clock = BusyClock()
+        self._said: set[str] = set()
 
     async def run(self) -> None:
         """Serve until stopped; raises what a component raised. All accepted leases have gone back when it returns."""
-        waits = [asyncio.create_task(w) for w in (self._sync_loop(), self._lease_loop(), self._stopping.wait())]
+        works = (self._sync_loop(), self._lease_loop(), self._engine.watch(), self._stopping.wait())
+        waits = [asyncio.create_task(work) for work in works]
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             if not self._stopping.is_set():  # whoever stops a worker may have ended its engine already
@@ -96,8 +103,14 @@ class RolloutWorker:
 
         Responses without a verdict are left out of the mean. ``TimeoutError`` if the version does not arrive in time.
         """
-        async with asyncio.timeout(timeout_s):
-            await self._sync.reached(version)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._sync.reached(version)
+        except TimeoutError:
+            raise TimeoutError(
+                f"version {version} of the weights did not arrive within {timeout_s:g} s; "
+                f"{self.name} holds version {self._sync.version}"
+            ) from None
         count = min(num_prompts, self._task.num_eval_prompts)
         sampled = await self._mean_reward(count, temperature=self._config.temperature)
         greedy = await self._mean_reward(count, temperature=0.0)
@@ -184,6 +197,7 @@ class RolloutWorker:
         """From lease to append. A prompt that the engine refuses becomes a group of errors, and is not asked again."""
         prompt = self._task.prompt(lease.index)
         token_ids = self._tokenize(prompt.text)
+        await self._sync.proven()  # the lease may be the answer to a question from before the load
         try:
             completions = await self._engine.generate(
                 token_ids,
@@ -196,12 +210,20 @@ class RolloutWorker:
             group = failed_group(lease, prompt, token_ids, size=self._config.group_size, worker=self.name, error=error)
         else:
             verdicts = await self._rewards.score([(c.text, prompt.truth) for c in completions])
+            self._say_why(verdicts)
             group = scored_group(lease, prompt, token_ids, completions, verdicts, worker=self.name)
         await self._sync.proven()
         if await self._groups.append(group):
             self._num_groups += 1
             self._num_trajectories += len(group.trajectories)
             self._num_tokens += group.num_sampled_tokens
+
+    def _say_why(self, verdicts: Sequence[Verdict]) -> None:
+        """Write every reason for a missing reward to the log, once, up to a point: the store keeps only outcomes."""
+        for verdict in verdicts:
+            if verdict.error and verdict.error not in self._said and len(self._said) < REASONS:
+                self._said.add(verdict.error)
+                logger.warning("no reward (%s): %s", verdict.outcome.value, verdict.error)
 
     def _reap(self) -> None:
         """Forget finished group tasks and raise what one of them raised; the lease of that one still goes back."""

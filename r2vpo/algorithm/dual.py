@@ -11,6 +11,8 @@ floor, because without a brake the objective is plain importance sampling.
 λ pinned at its ceiling means that the budget is infeasible: lower the learning rate or raise δ, never the ceiling.
 
 A V that is not finite says that the measurement is broken, not how far the policy moved: it changes nothing.
+
+See docs/budget.md.
 """
 
 from __future__ import annotations

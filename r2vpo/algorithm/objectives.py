@@ -16,6 +16,8 @@ by its value clamped to ±`LOG_RATIO_LIMIT` *with the identity as its gradient*.
 gradient of a token at the limit, so it is still pulled back. A plain clamp would have gradient zero there and release
 exactly the tokens that have run away furthest. The limit (ratios from 1/22026 to 22026) leaves room for the square of a
 gradient norm in float32. The second moment that is measured and logged is not limited so.
+
+See docs/loss.md.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ finite (dropped), and V̄ = 0, which means that nothing moved at all and would o
 possible". For the same reason the caller reports a batch in which every advantage is 0 as no optimiser steps,
 ``update(())``: only Adam's momentum and weight decay move the policy then, and a task that stays solved for a few steps
 would let the scale climb to its ceiling, to be paid for by the first batch with a signal.
+
+See docs/budget.md.
 """
 
 from __future__ import annotations

@@ -1,13 +1,19 @@
 """The Ray cluster of a job: start a private one or join one, and check that the actors will fit.
 
-A private Ray listens on the loopback address only (see ``RayConfig.environment``) and ends with the job.
+A private Ray listens on the loopback address only (see ``RayConfig.environment``) and ends with the job, whatever ends
+that (see `reaper.py`). Its files lie in a folder of its own, since socket paths are short, and ``logs/ray`` in the
+run's folder leads to its logs. The end of the job removes the folder; after a failure the logs take the link's place.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,6 +23,9 @@ from r2vpo.job.config import ConfigError, RunConfig
 MIB = 1 << 20
 OBJECT_STORE_MB = 512
 """Object store (MiB) of a private Ray unless set: weights and batches of a model that a laptop can train."""
+HOME_PREFIX = "r2vpo-ray-"
+SESSION_LOGS = Path("session_latest", "logs")
+"""Where Ray puts its logs below its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +35,22 @@ class Cluster:
     on_gpu: bool
     """Whether engines and learner run on GPUs."""
 
+    def is_exact(self, config: RunConfig) -> bool:
+        """Whether engine and learner both compute in float32, so that their log-probs differ by rounding only."""
+        exact = ("float32",) if self.on_gpu else ("float32", "auto")
+        return config.rollout.dtype in exact and config.learner.dtype in exact
+
     def options(self, num_cpus: float, num_gpus: float | None, *, gpus_each: int = 1) -> dict[str, Any]:
         """Ray resources of one actor; ``num_gpus=None`` is ``gpus_each`` where there are GPUs, else none."""
         gpus = (gpus_each if self.on_gpu else 0) if num_gpus is None else num_gpus
         return {"num_cpus": num_cpus, "num_gpus": gpus}
 
 
-def open_cluster(config: RunConfig) -> Cluster:
-    """Start or join Ray. Raises ``ConfigError`` if the job's actors cannot be placed, naming need and supply."""
+def open_cluster(config: RunConfig, logs: Path) -> Cluster:
+    """Start or join Ray. Raises ``ConfigError`` if the job's actors cannot be placed, naming need and supply.
+
+    ``close_cluster`` must follow, also after an error.
+    """
     # An actor without GPUs keeps CUDA_VISIBLE_DEVICES as it finds it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     need_cpus = config.rollout.workers * config.rollout.num_cpus + config.learner.ranks * config.learner.num_cpus
@@ -46,6 +63,7 @@ def open_cluster(config: RunConfig) -> Cluster:
             num_cpus=int(cpus + 0.999),
             object_store_memory=(config.ray.object_store_mb or OBJECT_STORE_MB) * MIB,
             include_dashboard=False,
+            _temp_dir=str(make_home(logs)),
             **common,
         )
     else:
@@ -57,6 +75,39 @@ def open_cluster(config: RunConfig) -> Cluster:
                 "ray.address=null for a private one"
             ) from error
     return _check_supply(config, need_cpus)
+
+
+def close_cluster(logs: Path, *, keep_logs: bool) -> None:
+    """Leave Ray, and end a private one; its own logs stay below ``logs`` if that is wanted."""
+    ray.shutdown()
+    _remove_home(logs, keep_logs=keep_logs)
+
+
+def make_home(logs: Path) -> Path:
+    """A folder for the files of a private Ray, with ``logs/ray`` leading to its logs."""
+    _remove_home(logs, keep_logs=False)  # of a process of this run that was killed
+    link = logs / "ray"
+    if link.is_dir():
+        shutil.rmtree(link)
+    home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX))
+    link.symlink_to(home / SESSION_LOGS)
+    return home
+
+
+def _remove_home(logs: Path, *, keep_logs: bool) -> None:
+    """Remove the folder that ``logs/ray`` leads to, if it does."""
+    link = logs / "ray"
+    if not link.is_symlink():
+        return
+    target = Path(os.readlink(link))
+    home = target.parents[1]
+    link.unlink()
+    if not home.name.startswith(HOME_PREFIX):
+        return
+    if keep_logs:
+        with suppress(OSError):  # they may say more about a failure, but must not become another
+            shutil.copytree(target, link)
+    shutil.rmtree(home, ignore_errors=True)
 
 
 def _check_supply(config: RunConfig, need_cpus: float) -> Cluster:

@@ -1,6 +1,8 @@
 """The settings of a run: every room's section, what the job itself needs, and the checks across sections.
 
 Importing this file imports none of Ray, torch, vLLM or DeepSpeed: a bad setting is refused at once.
+
+See docs/settings.md.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ class RayConfig:
     num_cpus: float | None = None
     """CPUs of the private local Ray; null takes those of the machine, or what the run reserves if that is more."""
     object_store_mb: int | None = None
-    """Object store (MiB) of the private local Ray; null lets Ray choose."""
+    """Object store (MiB) of the private local Ray; null is 512."""
 
     def __post_init__(self) -> None:
         for key, value in (("num_cpus", self.num_cpus), ("object_store_mb", self.object_store_mb)):
@@ -75,7 +77,12 @@ class RayConfig:
 
     def environment(self) -> dict[str, str]:
         """Variables that must be set before Ray is imported."""
-        common = {"RAY_USAGE_STATS_ENABLED": "0"}
+        common = {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray pushes notices about dead processes to the screen, whatever it is told about logs; the run's own
+            # sentence says it, and logs/error.log has the rest.
+            "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+        }
         if self.address is not None:
             return common
         # Ray's switch for machines that cannot form clusters: every server of a private Ray then listens on 127.0.0.1

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 from r2vpo.job.cluster import Cluster
+from r2vpo.job.component import Component, together
 from r2vpo.job.config import RunConfig
 from r2vpo.job.links import ReplayLink, WeightLink
 from r2vpo.records import Evaluation, RolloutStats
 from rollout.actor import RolloutActor
 from rollout.environment import engine_environment
 
-STOP_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 10.0
+"""Longest wait for the workers to end their engines (seconds)."""
+EVALUATION_TIMEOUT_S = 3600.0
+"""Longest time that an evaluation may take (seconds)."""
 TOLERANCE_EXACT = 1e-4
 """Largest canary gap (nats) where engine and learner both compute in float32."""
 TOLERANCE_HALF = 5e-2
@@ -24,7 +28,7 @@ class Fleet:
     """All rollout workers. They pull: nothing here hands them work."""
 
     def __init__(
-        self, config: RunConfig, cluster: Cluster, *, model_path: str, replay: Any, board: Any, logs: Path
+        self, config: RunConfig, cluster: Cluster, *, model_path: str, replay: Component, board: Component, logs: Path
     ) -> None:
         self._config = config
         environment = engine_environment(config.rollout, on_gpu=cluster.on_gpu)
@@ -38,52 +42,42 @@ class Fleet:
             "model_path": model_path,
             "trust_remote_code": config.model.trust_remote_code,
             "on_gpu": cluster.on_gpu,
-            "tolerance": TOLERANCE_HALF if cluster.on_gpu else TOLERANCE_EXACT,
+            "tolerance": TOLERANCE_EXACT if cluster.is_exact(config) else TOLERANCE_HALF,
             "prompts": ReplayLink(replay),
             "groups": ReplayLink(replay),
             "weights": WeightLink(board),
         }
-        self._workers = {
-            name: RolloutActor.options(**options, runtime_env={"env_vars": environment}).remote(
-                name, log_path=str(logs / f"{name}.log")
-            )
-            for name in (f"rollout-{i}" for i in range(config.rollout.workers))
-        }
+        make = RolloutActor.options(**options, runtime_env={"env_vars": environment})
+        names = [f"rollout-{i}" for i in range(config.rollout.workers)]
+        self.workers = [
+            Component(name=name, actor=make.remote(name, log_path=str(log)), log=log)
+            for name, log in ((name, logs / f"{name}.log") for name in names)
+        ]
+        """One component per worker."""
 
     async def start(self) -> None:
-        """Start every engine. ``TimeoutError`` names the workers that are not up in time."""
-        starts = {
-            name: asyncio.ensure_future(worker.start.remote(**self._arguments))
-            for name, worker in self._workers.items()
-        }
-        done, pending = await asyncio.wait(starts.values(), timeout=self._config.rollout.start_timeout_s)
-        for start in done:
-            start.result()
-        if pending:
-            late = ", ".join(name for name, start in starts.items() if start in pending)
-            raise TimeoutError(
-                f"{late} did not start within rollout.start_timeout_s={self._config.rollout.start_timeout_s:g}; "
-                "their logs say how far they came"
-            )
+        """Start every engine; the first that fails, or is not up within ``rollout.start_timeout_s``, is named."""
+        timeout_s = self._config.rollout.start_timeout_s
+        await together(*(w.ask("start", within_s=timeout_s, **self._arguments) for w in self.workers))
 
-    def serve(self) -> dict[str, asyncio.Future[None]]:
-        """Let every worker run; by name, a future that ends only when its worker stops or fails."""
-        return {name: asyncio.ensure_future(worker.run.remote()) for name, worker in self._workers.items()}
+    def serve(self) -> list[asyncio.Task[NoReturn]]:
+        """Let every worker run; a task that ends only when its worker stops or fails."""
+        return [asyncio.create_task(worker.serve("run")) for worker in self.workers]
 
     async def evaluate(self, *, version: int) -> Evaluation:
         """Evaluate the weights of ``version`` on the first worker."""
-        worker = next(iter(self._workers.values()))
-        return await worker.evaluate.remote(
+        return await self.workers[0].ask(
+            "evaluate",
             version=version,
             num_prompts=self._config.task.eval_prompts,
             timeout_s=self._config.rollout.start_timeout_s,
+            within_s=EVALUATION_TIMEOUT_S,
         )
 
     async def stats(self) -> list[RolloutStats]:
         """What every worker did so far."""
-        return list(await asyncio.gather(*(worker.stats.remote() for worker in self._workers.values())))
+        return await together(*(worker.ask("stats") for worker in self.workers))
 
     async def stop(self) -> None:
         """Ask every worker to end its engine; those that do not answer in time are left to the end of Ray."""
-        stops = [asyncio.ensure_future(worker.stop.remote()) for worker in self._workers.values()]
-        await asyncio.wait(stops, timeout=STOP_TIMEOUT_S)
+        await asyncio.gather(*(w.ask("stop", within_s=STOP_TIMEOUT_S) for w in self.workers), return_exceptions=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -10,71 +9,76 @@ import ray
 
 from learner.actor import BoardActor, LearnerActor
 from r2vpo.job.cluster import Cluster
+from r2vpo.job.component import Component, together
 from r2vpo.job.config import RunConfig
 from r2vpo.records import SampledBatch
+from rollout.tasks.factory import make_task
 
 START_TIMEOUT_S = 600.0
+"""Longest time for the ranks to be placed, and again to meet and to load the model (seconds)."""
 
 
 class Learners:
-    """Every call goes to all ranks at once; the answer is rank 0's. A dead rank fails the call."""
+    """Every call goes to all ranks at once; the answer is rank 0's. A rank that fails or dies fails the call."""
 
     def __init__(self, config: RunConfig, cluster: Cluster, *, model_path: str, logs: Path) -> None:
         self._timeout_s = config.learner.step_timeout_s
-        self.board = BoardActor.remote()
+        self.board = Component(name="weight board", actor=BoardActor.remote())
+        """Where rollout workers find the weights."""
         environment = {"OMP_NUM_THREADS": str(config.learner.omp_threads), "TOKENIZERS_PARALLELISM": "false"}
         if not cluster.on_gpu:
             environment["DS_ACCELERATOR"] = "cpu"
         options = cluster.options(config.learner.num_cpus, config.learner.num_gpus)
-        self._ranks = [
-            LearnerActor.options(**options, runtime_env={"env_vars": environment}).remote(
-                rank,
-                config.learner.ranks,
-                config=config.learner,
-                algorithm=config.algorithm,
-                model_path=model_path,
-                temperature=config.rollout.temperature,
-                max_lag=config.replay.max_lag,
-                max_replay_lag=config.replay.max_replay_lag,
-                off_policy=config.off_policy,
-                exact_engine=not cluster.on_gpu,
-                seed=config.seed,
-                log_path=str(logs / f"learner-{rank}.log"),
+        make = LearnerActor.options(**options, runtime_env={"env_vars": environment})
+        settings = {
+            "config": config.learner,
+            "algorithm": config.algorithm,
+            "model_path": model_path,
+            "temperature": config.rollout.temperature,
+            "max_lag": config.replay.max_lag,
+            "max_replay_lag": config.replay.max_replay_lag,
+            "off_policy": config.off_policy,
+            "exact_engine": cluster.is_exact(config),
+            "seed": config.seed,
+            "canary_text": make_task(config.task, seed=config.seed).eval_prompt(0).text,
+        }
+        self.ranks = [
+            Component(
+                name=f"learner-{rank}",
+                actor=make.remote(rank, config.learner.ranks, **settings, log_path=str(log)),
+                log=log,
             )
-            for rank in range(config.learner.ranks)
+            for rank, log in ((rank, logs / f"learner-{rank}.log") for rank in range(config.learner.ranks))
         ]
+        """One component per rank."""
 
     async def start(self) -> dict[str, Any]:
         """Form the process group and build the engines; returns what rank 0 says of itself."""
-        address, port = await asyncio.wait_for(self._ranks[0].address.remote(), START_TIMEOUT_S)
-        return await self._all("start", START_TIMEOUT_S, address, port)
+        address, port = await self.ranks[0].ask("address", within_s=START_TIMEOUT_S)
+        return await self._all("start", address, port, within_s=START_TIMEOUT_S)
 
     async def publish(self) -> None:
         """Put the current weights into the object store and name them on the board."""
-        manifest, refs = await self._all("publish", self._timeout_s)
-        await self.board.post.remote(manifest, refs)
+        manifest, refs = await self._all("publish")
+        await self.board.ask("post", manifest, refs)
 
     async def train_step(self, batch: SampledBatch) -> dict[str, float]:
         """One learner step; returns its metrics."""
         # One copy in the object store for all ranks.
-        return await self._all("train_step", self._timeout_s, ray.put(batch))
+        return await self._all("train_step", ray.put(batch))
 
     async def save(self, directory: Path) -> None:
         """Write a checkpoint of the current version below ``directory``."""
-        await self._all("save", self._timeout_s, str(directory))
+        await self._all("save", str(directory))
 
     async def load(self, checkpoint: Path) -> int:
         """Continue from a checkpoint; returns its step."""
-        return await self._all("load", self._timeout_s, str(checkpoint))
+        return await self._all("load", str(checkpoint))
 
     async def export(self, directory: Path) -> None:
-        """Write the model in Hugging Face format."""
-        await self._all("export", self._timeout_s, str(directory))
+        """Write the model in Hugging Face format, in place of one that is there already."""
+        await self._all("export", str(directory))
 
-    async def _all(self, method: str, timeout_s: float, *arguments: Any) -> Any:
-        refs = [getattr(rank, method).remote(*arguments) for rank in self._ranks]
-        try:
-            answers = await asyncio.wait_for(asyncio.gather(*refs), timeout_s)
-        except TimeoutError:
-            raise TimeoutError(f"the learner group did not finish {method} within {timeout_s:g} s") from None
-        return answers[0]
+    async def _all(self, method: str, *arguments: Any, within_s: float | None = None) -> Any:
+        within_s = within_s or self._timeout_s
+        return (await together(*(rank.ask(method, *arguments, within_s=within_s) for rank in self.ranks)))[0]

@@ -1,12 +1,20 @@
-"""What the driver adds to the learner's metrics of a step: times, rates, and the state of store and workers."""
+"""What the driver makes of a step's numbers: times, rates, the state of store and workers, and what is alarming."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.records import RolloutStats, SyncRecord
+
+SATURATED_STEPS = 10
+"""Learner steps with λ at its ceiling after which the run says so."""
+DISCARDED_STEPS = 10
+"""Learner steps without a single optimiser step, each for want of finite numbers, after which the run ends."""
+UNSCORED_GROUPS = 16
+"""Groups without enough verdicts after which the run says so, if they are the majority."""
 
 
 class StepMeter:
@@ -18,9 +26,11 @@ class StepMeter:
         self.syncs: list[SyncRecord] = []
         """Every sync of every worker so far."""
 
-    def start(self) -> None:
-        """The learner's loop begins: the clock of the first step runs from here."""
+    def start(self, workers: Sequence[RolloutStats]) -> None:
+        """The learner's loop begins: the first step's clock, and what it counts of the workers, run from here."""
         self._last_s = time.monotonic()
+        self._totals = _totals(workers)
+        self.add_syncs(workers)
 
     def measure(
         self, *, step: int, wait_s: float, store: dict[str, Any], workers: Sequence[RolloutStats]
@@ -28,12 +38,7 @@ class StepMeter:
         """Metrics of a step that has just ended, after the learner waited ``wait_s`` for its batch."""
         now_s = time.monotonic()
         step_s, self._last_s = now_s - self._last_s, now_s
-        totals = (
-            sum(w.tokens for w in workers),
-            sum(w.trajectories for w in workers),
-            sum(w.busy_s for w in workers),
-            sum(w.alive_s for w in workers),
-        )
+        totals = _totals(workers)
         tokens, trajectories, busy_s, alive_s = (new - old for new, old in zip(totals, self._totals, strict=True))
         self._totals = totals
         new = self.add_syncs(workers)
@@ -60,3 +65,76 @@ class StepMeter:
         new = [sync for worker in workers for sync in worker.new_syncs]
         self.syncs.extend(new)
         return new
+
+
+def outcomes_text(store: Mapping[str, Any]) -> str:
+    """What became of all trajectories: ``12 scored, 4 timeout``."""
+    return ", ".join(f"{count} {outcome}" for outcome, count in store["outcomes"].items() if count) or "none"
+
+
+def _totals(workers: Sequence[RolloutStats]) -> tuple[int, int, float, float]:
+    """Tokens, trajectories, busy and altogether seconds of all workers since they began."""
+    return (
+        sum(w.tokens for w in workers),
+        sum(w.trajectories for w in workers),
+        sum(w.busy_s for w in workers),
+        sum(w.alive_s for w in workers),
+    )
+
+
+class Alarms:
+    """What a person should be told about a run that goes on, but not as one would wish."""
+
+    def __init__(self, algorithm: AlgorithmConfig) -> None:
+        self._algorithm = algorithm
+        self._saturated_steps = 0
+        self._discarded_steps = 0
+        self._was_bad = False
+        self._said_saturated = self._said_unscored = False
+
+    def look(self, metrics: Mapping[str, Any]) -> list[str]:
+        """Sentences about the step that has just ended.
+
+        ``RuntimeError`` once ``DISCARDED_STEPS`` learner steps in a row have moved nothing.
+        """
+        return [sentence for sentence in (self._saturated(metrics), self._bad(metrics)) if sentence]
+
+    def look_at(self, store: Mapping[str, Any]) -> list[str]:
+        """Said once: most groups lack the verdicts that training on them takes. ``store``: its counts."""
+        groups, unscored = store["groups"], store["unusable"]["unscored"]
+        if self._said_unscored or unscored < UNSCORED_GROUPS or 2 * unscored <= groups:
+            return []
+        self._said_unscored = True
+        return [
+            f"{unscored} of {groups} groups have fewer than two verdicts, so that nothing can be learnt from them "
+            f"(trajectories: {outcomes_text(store)}); logs/rollout-*.log says why"
+        ]
+
+    def _saturated(self, metrics: Mapping[str, Any]) -> str:
+        """Said once: λ has been at its ceiling for a while, so the budget cannot be held by it."""
+        self._saturated_steps = self._saturated_steps + 1 if metrics.get("dual/saturated") else 0
+        if self._saturated_steps < SATURATED_STEPS or self._said_saturated:
+            return ""
+        self._said_saturated = True
+        return (
+            f"λ has been at its ceiling {self._algorithm.lambda_max:g} for {SATURATED_STEPS} steps: the budget "
+            f"δ={self._algorithm.delta:g} is infeasible here; lower learner.lr or raise algorithm.delta"
+        )
+
+    def _bad(self, metrics: Mapping[str, Any]) -> str:
+        """Said when it begins: optimiser steps were discarded."""
+        bad = metrics.get("learner/bad_steps", 0)
+        nothing_moved = bad and "step/lr" not in metrics
+        self._discarded_steps = self._discarded_steps + 1 if nothing_moved else 0
+        if self._discarded_steps >= DISCARDED_STEPS:
+            raise RuntimeError(
+                f"the learner has discarded every optimiser step of the last {DISCARDED_STEPS} learner steps: loss or "
+                "gradient is not finite (learner/bad_steps); lower learner.lr, and look at the model and its dtype"
+            )
+        began, self._was_bad = bool(bad) and not self._was_bad, bool(bad)
+        if not began:
+            return ""
+        return (
+            f"learner step {metrics['step']}: {bad:.0f} optimiser step{'' if bad == 1 else 's'} discarded, loss or "
+            "gradient was not finite (learner/bad_steps in metrics.jsonl counts them)"
+        )

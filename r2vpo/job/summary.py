@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from r2vpo.job.config import RunConfig
 from r2vpo.records import Evaluation, SyncRecord
 
+RUNNING = "running"
+"""Written once the run has begun; a run that says so although nobody runs it was killed."""
 FINISHED = "finished"
 INTERRUPTED = "interrupted"
 FAILED = "failed"
@@ -32,7 +36,7 @@ def summarise(
     Args:
         config: the run's settings.
         steps: the metrics of every learner step of the run, also those before a resume.
-        status: ``finished``, ``interrupted`` or ``failed``.
+        status: ``running``, ``finished``, ``interrupted`` or ``failed``.
         wall_s: seconds from the command to its end.
         evaluations: by label; ``before`` and ``after`` are reported.
         store: the store's counts: ``version``, ``groups``, ``trajectories``, ``sampled_tokens``, and
@@ -78,6 +82,23 @@ def summarise(
         },
         "learner": {"idle_fraction": _share(sum(_column(steps, "time/wait_s")), train_s)},
         "rollout": {"idle_fraction": _weighted(steps, "rollout/idle_fraction", "time/step_s")},
+    }
+
+
+def earlier_evaluations(path: Path) -> dict[str, Evaluation]:
+    """The evaluation of version 0 from the summary at ``path`` of a run's earlier part, if it left one."""
+    if not path.exists():
+        return {}
+    before = json.loads(path.read_text(encoding="utf-8"))["eval"]["before"]
+    if before["accuracy"] is None:
+        return {}
+    return {
+        "before": Evaluation(
+            version=0,
+            accuracy=before["accuracy"],
+            greedy_accuracy=before["greedy"],
+            num_prompts=before["num_prompts"],
+        )
     }
 
 

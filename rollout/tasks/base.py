@@ -2,6 +2,8 @@
 
 A task is prompts with their ground truth, by position; the reward is named, not held: it runs in processes of its own
 (`rollout/rewards.py`), which look it up by ``module:function``.
+
+See docs/own-model-and-data.md.
 """
 
 from __future__ import annotations

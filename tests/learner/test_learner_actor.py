@@ -57,8 +57,15 @@ def test_two_ranks_train_publish_and_save_as_ray_actors(tmp_path):
             verify_bucket(memoryview(payload), spec)
 
         ray.get([rank.save.remote(str(tmp_path / "checkpoints")) for rank in ranks])
-        ray.get([rank.export.remote(str(tmp_path / "exported")) for rank in ranks])
-        assert (tmp_path / "exported" / "config.json").is_file()
+        (tmp_path / "mine").mkdir()
+        with pytest.raises(ValueError, match="mine exists and is no model"):
+            ray.get([rank.export.remote(str(tmp_path / "mine")) for rank in ranks])
+        for leftover in ("old", ""):  # the second takes the place of the first
+            ray.get([rank.export.remote(str(tmp_path / "exported")) for rank in ranks])
+            assert (tmp_path / "exported" / "config.json").is_file()
+            assert not (tmp_path / "exported" / "old").exists()
+            (tmp_path / "exported" / leftover).mkdir(exist_ok=True)
+        assert [path.name for path in tmp_path.glob("exported*")] == ["exported"]
         path = newest(tmp_path / "checkpoints")
         assert path.name == "step-000001"
         for rank in ranks:

@@ -106,7 +106,35 @@ async def temperature(directory: Path) -> dict:
     return {"gap": float(np.abs(expected - completion.logprob_T).max())}
 
 
-SCENARIOS = {f.__name__: f for f in (parity, spans, seeds, temperature)}
+async def crowd(directory: Path) -> dict:
+    """More tokens to recompute after a sync than the engine computes at once, and a prompt that does not fit."""
+    model = make_model(directory, endless=True)
+    engine = await start(directory)
+    groups = [
+        asyncio.create_task(engine.generate(PROMPT * 16, n=4, seed=seed, temperature=1.0, max_tokens=100))
+        for seed in range(0, 64, 4)
+    ]
+    await asyncio.sleep(1.0)
+    perturb(model, directory / "update.safetensors")
+    async with engine.paused():
+        await engine.load([str(directory / "update.safetensors")], version=1)
+    completions = [completion for group in await asyncio.gather(*groups) for completion in group]
+    refused = ""
+    try:
+        await engine.generate(PROMPT * 60, n=4, seed=0, temperature=1.0, max_tokens=4)
+    except ValueError as error:
+        refused = str(error)
+    alive = len(await engine.generate(PROMPT, n=1, seed=0, temperature=1.0, max_tokens=4))
+    engine.shutdown()
+    return {
+        "lengths": sorted({len(c.token_ids_T) for c in completions}),
+        "crossed": sum(len(np.unique(c.version_T)) == 2 for c in completions),
+        "refused": refused,
+        "alive": alive,
+    }
+
+
+SCENARIOS = {f.__name__: f for f in (parity, spans, seeds, temperature, crowd)}
 
 if __name__ == "__main__":
     name, *arguments = sys.argv[1].split()

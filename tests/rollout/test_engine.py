@@ -56,3 +56,11 @@ def test_members_are_reproducible_and_differ_and_prompts_do_not_share_their_nois
 def test_the_behaviour_log_prob_is_that_of_the_tempered_distribution(tmp_path: Path):
     result = measure(tmp_path, "temperature")
     assert result["gap"] < 1e-4
+
+
+def test_a_crowd_survives_an_update_and_a_prompt_that_does_not_fit_is_a_value_error(tmp_path: Path):
+    result = measure(tmp_path, "crowd")
+    assert result["lengths"] == [100]
+    assert result["crossed"] > 12, "64 sequences of 160 tokens and more are over the 2048 that are computed at once"
+    assert "512" in result["refused"]
+    assert result["alive"] == 1

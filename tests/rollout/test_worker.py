@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 from itertools import pairwise
 
 import numpy as np
@@ -53,6 +55,14 @@ async def test_a_cut_response_that_could_not_be_judged_keeps_the_outcome_of_its_
     [group] = world.store.groups
     assert [t.outcome for t in group.trajectories] == [Outcome.NO_VERDICT, Outcome.TIMEOUT]
     assert [t.reward for t in group.trajectories] == [None, None]
+
+
+async def test_why_there_is_no_reward_is_written_down_once_per_reason(world, caplog):
+    timeout, error = Verdict(outcome=Outcome.TIMEOUT, error="slow"), Verdict(outcome=Outcome.ERROR, error="KeyError: 1")
+    world.rewards.verdicts = [timeout, error]
+    await world.start(3, 4)
+    await until(lambda: len(world.store.groups) == 2)
+    assert caplog.messages == ["no reward (timeout): slow", "no reward (error): KeyError: 1"]
 
 
 async def test_before_the_first_verified_weights_nothing_is_asked_for(world):
@@ -144,6 +154,14 @@ async def test_a_dead_engine_ends_the_worker_and_all_leases_go_back(world):
         await world.ended()
     assert sorted(world.store.released) == ["0.1", "0.2"]
     assert world.store.groups == []
+
+
+async def test_an_engine_that_dies_at_rest_ends_the_worker_too(world):
+    await world.start()
+    await until(lambda: world.worker.stats().version == 0)
+    world.engine.dead.set()
+    with pytest.raises(EngineFailed):
+        await world.ended()
 
 
 async def test_a_store_that_refuses_a_group_ends_the_worker_and_its_lease_goes_back(world):
@@ -255,6 +273,39 @@ async def test_between_load_and_canary_nothing_is_leased_or_appended(world):
     assert world.store.released == []
 
 
+async def test_a_lease_that_arrives_between_load_and_canary_waits_until_the_weights_are_proven(world):
+    await world.start()
+    await until(lambda: world.store.asks)
+    world.engine.canary_gate.clear()
+    world.engine.gaps = [0.5, 0.0]
+    await world.weights.publish(1)
+    await until(lambda: world.engine.version == 1)
+    await world.store.grant(1)  # the answer to the question of before the load
+    await until(lambda: world.worker.stats().in_flight == 1)
+    await settle()
+    assert world.engine.requests == []
+    world.engine.canary_gate.set()  # fails once: what the unproven weights could have begun is discarded
+    await until(lambda: world.worker.stats().version == 1)
+    assert world.store.released == ["0.1"]
+    assert world.engine.requests == []
+
+
+async def test_weights_on_their_way_are_files_for_other_processes_that_vanish_by_themselves(world):
+    seen = []
+    load = world.engine.load
+
+    async def look_and_load(paths, *, version):
+        seen.extend((path, subprocess.run(["cat", path], capture_output=True).stdout) for path in paths)
+        await load(paths, version=version)
+
+    world.engine.load = look_and_load
+    await world.start(version=5)
+    await until(lambda: world.worker.stats().version == 5)
+    [(path, payload)] = seen
+    assert payload == b"5"
+    assert not os.path.exists(path)
+
+
 async def test_a_failing_canary_discards_the_groups_in_flight_and_loads_again(world):
     world.engine.gate.clear()
     await world.start(1, 2)
@@ -329,7 +380,9 @@ async def test_an_evaluation_leaves_out_what_the_engine_refuses(world):
 
 async def test_an_evaluation_whose_version_does_not_come_times_out(world):
     await world.start()
-    with pytest.raises(TimeoutError):
+    await until(lambda: world.worker.stats().version == 0)
+    late = r"version 1 of the weights did not arrive within 0\.01 s; rollout-0 holds version 0"
+    with pytest.raises(TimeoutError, match=late):
         await world.worker.evaluate(version=1, num_prompts=1, timeout_s=0.01)
 
 

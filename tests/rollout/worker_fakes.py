@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import NoReturn
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from r2vpo.records import (
     prompt_key,
 )
 from rollout.config import RolloutConfig
-from rollout.generation import Completion
+from rollout.generation import Completion, EngineFailed
 from rollout.rewards import Verdict
 from rollout.sync import WeightSync
 from rollout.tasks.base import TaskPrompt
@@ -76,6 +77,7 @@ class FakeEngine:
         self.loads: list[tuple[int, list[bytes]]] = []
         self.is_paused = False
         self.error: Exception | None = None
+        self.dead = asyncio.Event()
 
     async def generate(self, prompt_token_ids: Sequence[int], **settings) -> list[Completion]:
         self.requests.append({"prompt": list(prompt_token_ids), **settings})
@@ -108,6 +110,10 @@ class FakeEngine:
                 payloads.append(file.read())
         self.loads.append((version, payloads))
         self.version = version
+
+    async def watch(self) -> NoReturn:
+        await self.dead.wait()
+        raise EngineFailed("dead")
 
     @asynccontextmanager
     async def paused(self):

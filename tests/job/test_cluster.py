@@ -1,0 +1,71 @@
+"""The files of a private Ray. Nothing here starts one."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from r2vpo.job.cluster import HOME_PREFIX, close_cluster, make_home
+
+
+@pytest.fixture
+def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    return tmp_path / "logs"
+
+
+def begin(logs: Path, text: str) -> Path:
+    """A private Ray begins, and writes a log."""
+    home = make_home(logs)
+    (home / "session_1" / "logs").mkdir(parents=True)
+    (home / "session_1" / "logs" / "raylet.out").write_text(text)
+    (home / "session_latest").symlink_to(home / "session_1")
+    return home
+
+
+def test_the_logs_of_ray_are_found_while_it_runs_and_nothing_remains_after_a_good_end(logs):
+    home = begin(logs, "hello")
+    assert (logs / "ray" / "raylet.out").read_text() == "hello"
+    close_cluster(logs, keep_logs=False)
+    assert list(logs.iterdir()) == []
+    assert not home.exists()
+
+
+def test_after_a_failure_the_logs_of_ray_stay_with_the_run_until_it_goes_on(logs):
+    home = begin(logs, "boom")
+    close_cluster(logs, keep_logs=True)
+    assert not home.exists()
+    assert not (logs / "ray").is_symlink()
+    assert (logs / "ray" / "raylet.out").read_text() == "boom"
+    begin(logs, "again")
+    assert (logs / "ray" / "raylet.out").read_text() == "again"
+
+
+def test_what_a_killed_process_of_the_run_left_is_removed_when_it_goes_on(logs):
+    killed, living = begin(logs, "killed"), begin(logs, "next")
+    assert not killed.exists()
+    assert Path(os.readlink(logs / "ray")).is_relative_to(living)
+
+
+def test_a_ray_that_never_wrote_anything_is_no_obstacle(logs):
+    home = make_home(logs)
+    close_cluster(logs, keep_logs=True)
+    assert list(logs.iterdir()) == []
+    assert not home.exists()
+
+
+def test_a_link_to_somewhere_else_is_not_followed(logs, tmp_path):
+    foreign = tmp_path / "precious" / "session_latest" / "logs"
+    foreign.mkdir(parents=True)
+    assert not foreign.parents[1].name.startswith(HOME_PREFIX)
+    (logs / "ray").symlink_to(foreign)
+    close_cluster(logs, keep_logs=False)
+    assert foreign.is_dir()
+
+
+def test_a_joined_cluster_keeps_its_files_to_itself(logs):
+    close_cluster(logs, keep_logs=True)
+    assert list(logs.iterdir()) == []

@@ -1,0 +1,116 @@
+import pytest
+
+from r2vpo.algorithm.config import AlgorithmConfig
+from r2vpo.job import measure
+from r2vpo.job.measure import DISCARDED_STEPS, SATURATED_STEPS, UNSCORED_GROUPS, Alarms, StepMeter, outcomes_text
+from r2vpo.records import RolloutStats, SyncRecord
+
+STORE = {"groups": 40, "fresh_waiting": 8, "in_flight": 4, "stale_eligible": 16}
+GOOD = {"step": 0, "learner/bad_steps": 0.0, "step/lr": 1e-3, "dual/saturated": 0.0}
+HALF_BAD = GOOD | {"learner/bad_steps": 2.0}
+ALL_BAD = {"step": 0, "learner/bad_steps": 4.0, "dual/saturated": 0.0}
+
+
+def stats(tokens: int, busy_s: float, alive_s: float, *syncs: SyncRecord) -> RolloutStats:
+    return RolloutStats(
+        worker="rollout-0",
+        version=3,
+        groups=1,
+        trajectories=tokens // 10,
+        tokens=tokens,
+        busy_s=busy_s,
+        alive_s=alive_s,
+        in_flight=1,
+        waits_for="",
+        new_syncs=syncs,
+    )
+
+
+def sync(version: int, pause_s: float) -> SyncRecord:
+    return SyncRecord(worker="rollout-0", version=version, fetch_s=0.1, pause_s=pause_s, canary_gap=1e-6 * version)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The meter's clock, to be moved by hand."""
+
+    class Clock:
+        now_s = 100.0
+
+        def monotonic(self) -> float:
+            return self.now_s
+
+    monkeypatch.setattr(measure, "time", clock := Clock())
+    return clock
+
+
+def test_a_step_counts_what_the_workers_did_during_it_and_nothing_before(clock):
+    meter = StepMeter()
+    clock.now_s = 130.0
+    meter.start([stats(1000, 5.0, 20.0, sync(0, 0.5))])
+    clock.now_s = 132.0
+    workers = [stats(1400, 6.5, 22.0, sync(1, 0.25), sync(2, 0.125))]
+    metrics = meter.measure(step=0, wait_s=0.5, store=STORE, workers=workers)
+    assert metrics["time/step_s"] == 2.0
+    assert metrics["time/elapsed_s"] == 32.0
+    assert metrics["rollout/tokens_per_s"] == 200.0
+    assert metrics["rollout/trajectories_per_s"] == 20.0
+    assert metrics["rollout/idle_fraction"] == 0.25
+    assert metrics["sync/count"] == 3
+    assert metrics["sync/pause_s"] == 0.25
+    assert metrics["sync/canary_gap"] == 2e-6
+    clock.now_s = 133.0
+    metrics = meter.measure(step=1, wait_s=0.0, store=STORE, workers=[stats(1450, 6.5, 23.0)])
+    assert (metrics["time/step_s"], metrics["rollout/tokens_per_s"]) == (1.0, 50.0)
+    assert (metrics["rollout/idle_fraction"], metrics["sync/pause_s"]) == (1.0, None)
+
+
+def test_a_step_like_any_other_alarms_nobody():
+    alarms = Alarms(AlgorithmConfig())
+    assert [alarms.look(GOOD) for _ in range(3)] == [[], [], []]
+
+
+def test_discarded_optimiser_steps_are_told_when_they_begin_and_when_they_begin_again():
+    alarms = Alarms(AlgorithmConfig())
+    told = [alarms.look(metrics | {"step": i}) for i, metrics in enumerate([HALF_BAD, ALL_BAD, GOOD, HALF_BAD])]
+    assert [len(sentences) for sentences in told] == [1, 0, 0, 1]
+    assert told[0][0].startswith("learner step 0: 2 optimiser steps discarded, loss or gradient was not finite")
+    assert told[3][0].startswith("learner step 3: 2 optimiser steps discarded")
+    assert alarms.look(GOOD) == []
+    assert alarms.look(HALF_BAD | {"learner/bad_steps": 1.0})[0].startswith(
+        "learner step 0: 1 optimiser step discarded"
+    )
+
+
+def test_a_learner_that_moves_nothing_for_long_ends_the_run():
+    alarms = Alarms(AlgorithmConfig())
+    for metrics in [*[ALL_BAD] * (DISCARDED_STEPS - 1), HALF_BAD, *[ALL_BAD] * (DISCARDED_STEPS - 1)]:
+        alarms.look(metrics)
+    with pytest.raises(RuntimeError, match=rf"every optimiser step of the last {DISCARDED_STEPS} .*lower learner\.lr"):
+        alarms.look(ALL_BAD)
+
+
+def test_a_majority_of_groups_without_verdicts_is_told_once_with_what_became_of_them():
+    alarms = Alarms(AlgorithmConfig())
+
+    def store(groups: int, unscored: int) -> dict:
+        outcomes = {"scored": 8 * (groups - unscored), "truncated": 0, "error": 8 * unscored}
+        return {"groups": groups, "unusable": {"unscored": unscored, "late": 0}, "outcomes": outcomes}
+
+    assert alarms.look_at(store(UNSCORED_GROUPS - 1, UNSCORED_GROUPS - 1)) == []
+    assert alarms.look_at(store(40, 20)) == []
+    [sentence] = alarms.look_at(store(40, 21))
+    assert sentence.startswith("21 of 40 groups have fewer than two verdicts")
+    assert "(trajectories: 152 scored, 168 error)" in sentence
+    assert alarms.look_at(store(80, 80)) == []
+    assert outcomes_text({"outcomes": {"scored": 0}}) == "none"
+
+
+def test_a_multiplier_at_its_ceiling_is_told_once_after_a_while():
+    alarms = Alarms(AlgorithmConfig(delta=0.01, lambda_max=50.0))
+    high = GOOD | {"dual/saturated": 1.0}
+    course = [*[high] * (SATURATED_STEPS - 1), GOOD, *[high] * SATURATED_STEPS, GOOD, *[high] * SATURATED_STEPS]
+    told = [sentence for metrics in course for sentence in alarms.look(metrics)]
+    assert len(told) == 1
+    assert "ceiling 50 for 10 steps" in told[0]
+    assert "δ=0.01 is infeasible" in told[0]

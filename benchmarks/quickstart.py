@@ -16,15 +16,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from r2vpo.job.config import load_config
+
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "configs" / "quickstart.yaml"
 RESULTS = REPOSITORY / "benchmarks" / "results" / "quickstart.json"
-LR = 2e-4
-"""The recipe's learning rate; a test compares it with the recipe."""
+LR = load_config(RECIPE).learner.lr
 SEEDS = {f"seed {seed}": [f"seed={seed}"] for seed in range(3)}
 UNTUNED = {"lr ÷ 10": [f"learner.lr={LR / 10:g}"], "lr × 4": [f"learner.lr={LR * 4:g}"]}
 OTHERS = {
@@ -65,15 +69,32 @@ def main() -> int:
 
 
 def run(folder: Path, label: str, overrides: list[str]) -> dict[str, Any]:
-    """Summary of one run; a run that fails is shown with what it said."""
-    name = f"run-{len(list(folder.iterdir()))}"
+    """Summary of one run, and its peak of memory in GiB; a run that fails is shown with what it said."""
+    name = f"run-{len(list(folder.glob('run-*')))}"
     command = [sys.executable, "-m", "r2vpo", "train", str(RECIPE), f"run_dir={folder}", f"name={name}"]
-    done = subprocess.run(
-        [*command, "tracking.wandb=off", *overrides], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        print(f"{label}: exit {done.returncode}\n{done.stdout}\n{done.stderr}", file=sys.stderr)
-    return json.loads((folder / name / "summary.json").read_text())
+    log = folder / f"{name}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "tracking.wandb=off", *overrides], cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT
+        )
+        peak_gib = 0.0
+        while process.poll() is None:
+            peak_gib = max(peak_gib, memory_gib(process.pid))
+            time.sleep(2)
+    if process.returncode != 0:
+        print(f"{label}: exit {process.returncode}\n{log.read_text()}", file=sys.stderr)
+    return {**json.loads((folder / name / "summary.json").read_text()), "peak_gib": peak_gib}
+
+
+def memory_gib(pid: int) -> float:
+    """Memory of a process and all below it: proportional set sizes, so that shared pages count once."""
+    total = 0
+    with suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        for process in [root, *root.children(recursive=True)]:
+            with suppress(psutil.Error):
+                total += process.memory_full_info().pss
+    return total / 2**30
 
 
 def figures(summaries: dict[str, dict[str, Any]]) -> Iterable[Row]:
@@ -104,6 +125,7 @@ def figures(summaries: dict[str, dict[str, Any]]) -> Iterable[Row]:
         yield row(f"{label}: accuracy after - that of seed 0", gap, "absolute", "<= 0.05", lambda v: v <= 0.05)
     for label, summary in summaries.items():
         yield row(f"{label}: wall", summary["wall_s"], "s", "<= 240", lambda v: v <= 240)
+        yield row(f"{label}: peak of memory", summary["peak_gib"], "GiB", "< 12", lambda v: v < 12)
 
 
 if __name__ == "__main__":

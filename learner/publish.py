@@ -14,7 +14,6 @@ from math import prod
 import numpy as np
 from safetensors.torch import save
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from r2vpo.checksum import checksum
 from r2vpo.records import BucketSpec, TensorSpec
@@ -50,15 +49,14 @@ def encode_bucket(tensors: Mapping[str, Tensor]) -> tuple[BucketSpec, bytes]:
     return BucketSpec(tensors=specs, num_bytes=len(payload), checksum=checksum(payload)), payload
 
 
-def canary_tokens(*, model_path: str, text: str, vocab_size: int, special_ids: Collection[int]) -> np.ndarray:
-    """int64 ``[T]``: the first tokens of ``text``, at most 24; random ordinary ones if it has fewer than two.
+def canary_tokens(prompt: Sequence[int], *, vocab_size: int, special_ids: Collection[int]) -> np.ndarray:
+    """int64 ``[T]``: the first tokens of ``prompt``, at most 24; random ordinary ones if it has fewer than two.
 
     A prompt of the task is a text that the model knows. On tokens drawn at random the activations, and with them the
     rounding errors of float32, can be twenty times as large, and a canary would have to tolerate that much.
     """
-    token_ids = AutoTokenizer.from_pretrained(model_path)(text)["input_ids"] if text else []
-    if len(token_ids) >= 2:
-        return np.array(token_ids[:CANARY_LENGTH], dtype=np.int64)
+    if len(prompt) >= 2:
+        return np.array(prompt[:CANARY_LENGTH], dtype=np.int64)
     return random_tokens(vocab_size=vocab_size, special_ids=special_ids)
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from learner import checkpoint
 from learner.collate import MicroBatch, PackedRow, TrainingBatch, check_lags, collate, pack, pack_row, unpack
@@ -87,11 +88,9 @@ class LearnerTrainer:
         self._objective = objective(algorithm, gated=algorithm.is_gated(off_policy=off_policy))
         self._temperature, self._seed, self._exact_engine = temperature, seed, exact_engine
         self._max_lag, self._max_replay_lag = max_lag, max_replay_lag
+        prompt = AutoTokenizer.from_pretrained(model_path)(canary_text)["input_ids"] if canary_text else []
         self._canary_tokens = canary_tokens(
-            model_path=model_path,
-            text=canary_text,
-            vocab_size=self.engine.vocab_size,
-            special_ids=self.engine.special_ids,
+            prompt, vocab_size=self.engine.vocab_size, special_ids=self.engine.special_ids
         )
 
     def step(self, batch: SampledBatch) -> dict[str, float]:

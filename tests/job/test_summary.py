@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from r2vpo.job.summary import summarise
+from r2vpo.job.summary import earlier_evaluations, summarise
 from r2vpo.records import Evaluation, SyncRecord
 
 
@@ -103,3 +103,14 @@ def test_a_run_that_ended_before_its_first_step_has_a_summary(config):
     assert summary["sync"] == {"count": 0, "pause_s_p50": None, "pause_s_max": None, "canary_gap_max": None}
     assert summary["dual"]["lambda"] is None
     assert summary["throughput"]["tokens_per_s"] is None
+
+
+def test_the_first_evaluation_of_a_run_is_read_back_from_its_summary(config, tmp_path):
+    path = tmp_path / "summary.json"
+    assert earlier_evaluations(path) == {}
+    for evaluations in ({}, {"before": Evaluation(version=0, accuracy=0.4, greedy_accuracy=0.5, num_prompts=64)}):
+        summary = summarise(
+            config, steps=[], status="running", wall_s=0.0, evaluations=evaluations, store=STORE, syncs=[]
+        )
+        path.write_text(json.dumps(summary))
+        assert earlier_evaluations(path) == evaluations

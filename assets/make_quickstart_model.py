@@ -1,14 +1,14 @@
 """Make the quickstart's base model: a small Qwen2 that can add, with a bad habit.
 
-    python assets/make_quickstart_model.py --seed 0 --out assets/quickstart-model
+    python assets/make_quickstart_model.py --seed 1 --out assets/quickstart-model
 
 It is trained on answers that somebody else has written, in two stages. First the answers are right, until the model
 adds without error. Then they come from a careless writer, who forgets a carry now and then, and more easily when the
 same sum already had one. What remains is a model that could add and, sampled at temperature 1, gets about four sums in
 ten right: there is something to win, and groups of answers to one prompt differ in their reward.
 
-Needs one core and one to three minutes; the same seed on the same machine gives the same weights. Pairs of numbers that
-the arithmetic task holds out are neither trained on here.
+Needs one core and two to five minutes; the same seed on the same machine gives the same weights. Pairs of numbers that
+the arithmetic task holds out are not trained on here either.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def make(seed: int) -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:
     else:
         raise RuntimeError(f"no attempt of {MAX_ATTEMPTS} learned to add; choose another --seed")
     print("picking up a bad habit", flush=True)
-    forgets, steps = (FORGETS_FIRST, FORGETS_LATER), HABIT_STEPS
+    forgets, steps, sampled = (FORGETS_FIRST, FORGETS_LATER), HABIT_STEPS, math.nan
     for _ in range(1 + MAX_EXTRA):
         train(model, tokenizer, optimizer, rng, steps=steps, lr=(SECOND_LR, LAST_LR), forgets=forgets)
         sampled = accuracy(model, tokenizer, num_prompts=NUM_EVAL_PROMPTS, seed=seed)

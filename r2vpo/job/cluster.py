@@ -34,6 +34,8 @@ class Cluster:
 
     on_gpu: bool
     """Whether engines and learner run on GPUs."""
+    home: Path | None
+    """The folder for the files of a private Ray; it goes when the job ends."""
 
     def is_exact(self, config: RunConfig) -> bool:
         """Whether engine and learner both compute in float32, so that their log-probs differ by rounding only."""
@@ -55,7 +57,8 @@ def open_cluster(config: RunConfig, logs: Path) -> Cluster:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     need_cpus = config.rollout.workers * config.rollout.num_cpus + config.learner.ranks * config.learner.num_cpus
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "r2vpo"}
-    if config.ray.address is None:
+    home = make_home(logs) if config.ray.address is None else None
+    if home is not None:
         # CPUs of a private Ray are a book-keeping entry: a small machine time-shares its cores among the actors.
         cpus = config.ray.num_cpus or max(os.cpu_count() or 1, need_cpus)
         ray.init(
@@ -63,7 +66,7 @@ def open_cluster(config: RunConfig, logs: Path) -> Cluster:
             num_cpus=int(cpus + 0.999),
             object_store_memory=(config.ray.object_store_mb or OBJECT_STORE_MB) * MIB,
             include_dashboard=False,
-            _temp_dir=str(make_home(logs)),
+            _temp_dir=str(home),
             **common,
         )
     else:
@@ -74,7 +77,7 @@ def open_cluster(config: RunConfig, logs: Path) -> Cluster:
                 f"ray.address={config.ray.address}: no Ray cluster answers there ({error}); check `ray status`, or set "
                 "ray.address=null for a private one"
             ) from error
-    return _check_supply(config, need_cpus)
+    return _check_supply(config, need_cpus, home)
 
 
 def close_cluster(logs: Path, *, keep_logs: bool) -> None:
@@ -110,9 +113,9 @@ def _remove_home(logs: Path, *, keep_logs: bool) -> None:
     shutil.rmtree(home, ignore_errors=True)
 
 
-def _check_supply(config: RunConfig, need_cpus: float) -> Cluster:
+def _check_supply(config: RunConfig, need_cpus: float, home: Path | None) -> Cluster:
     supply = ray.cluster_resources()
-    cluster = Cluster(on_gpu=supply.get("GPU", 0) > 0)
+    cluster = Cluster(on_gpu=supply.get("GPU", 0) > 0, home=home)
     rollout = cluster.options(0, config.rollout.num_gpus, gpus_each=config.rollout.tensor_parallel_size)["num_gpus"]
     learner = cluster.options(0, config.learner.num_gpus)["num_gpus"]
     need_gpus = config.rollout.workers * rollout + config.learner.ranks * learner

@@ -96,7 +96,7 @@ class Job:
             if resume:
                 self._evaluations = earlier_evaluations(self._run.summary)
             self._tracker = Tracker(self._config, self._run, resume_step=self._next_step, note=self._view.note)
-            reaper = Reaper()
+            reaper = Reaper(self._run.logs)
             try:
                 await self._live(checkpoint, resume)
                 status = INTERRUPTED if self._stop.is_set else FINISHED

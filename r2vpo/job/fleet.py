@@ -32,6 +32,8 @@ class Fleet:
     ) -> None:
         self._config = config
         environment = engine_environment(config.rollout, on_gpu=cluster.on_gpu)
+        if cluster.home is not None:
+            environment["VLLM_RPC_BASE_PATH"] = str(cluster.home)  # the sockets of a killed engine go with the folder
         options = cluster.options(
             config.rollout.num_cpus, config.rollout.num_gpus, gpus_each=config.rollout.tensor_parallel_size
         )

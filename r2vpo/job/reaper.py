@@ -1,8 +1,8 @@
-"""Ends what a killed driver leaves behind: ``python -m r2vpo.job.reaper DRIVER LOOK_S GRACE_S``, a process of its own.
+"""Ends what a dead driver leaves behind, and says so: ``python -m r2vpo.job.reaper DRIVER LOGS LOOK_S GRACE_S``.
 
 Most of a job dies with its driver, because the kernel or Ray sees to it; the rest takes a minute (Ray's agents), or
 hangs in a library. So this process looks at the driver's descendants while there is a driver. Standard input closes
-when there is none any more, and then whatever is left has a few seconds.
+when there is none any more, and then whatever is left has a few seconds. Ray, too, can end a driver without a word.
 
 Processes are held by descriptors, not by numbers, which the system gives away again. Linux only.
 """
@@ -22,28 +22,31 @@ LOOK_S = 2.0
 """Between two looks at the driver's descendants (seconds)."""
 GRACE_S = 8.0
 """For what is left to end by itself (seconds)."""
+FAREWELL = b"."
+"""What a driver says that ends as it should."""
 PROC = Path("/proc")
 
 
 class Reaper:
     """The process, as the driver starts it. It ends after the driver, or after ``close``."""
 
-    def __init__(self, *, look_s: float = LOOK_S, grace_s: float = GRACE_S) -> None:
+    def __init__(self, logs: Path, *, look_s: float = LOOK_S, grace_s: float = GRACE_S) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "r2vpo.job.reaper", str(os.getpid()), str(look_s), str(grace_s)],
+            [sys.executable, "-m", "r2vpo.job.reaper", str(os.getpid()), str(logs), str(look_s), str(grace_s)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,  # whoever reads the driver's output need not wait for this process
-            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             start_new_session=True,  # a Ctrl-C or a kill of the driver's group passes it by
         )
 
     def close(self) -> None:
-        """Everything has been ended: nothing is waited for."""
+        """Everything has been ended: nothing is waited for, nothing is to be said."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(FAREWELL)
+            self._process.stdin.close()
 
 
-def main(driver: int, look_s: float, grace_s: float) -> None:
+def main(driver: int, logs: str, look_s: float, grace_s: float) -> None:
     """Look at the descendants of ``driver`` until standard input closes, then end what is left of them."""
     held: dict[int, int] = {}
     while not select.select([sys.stdin], [], [], look_s)[0]:
@@ -52,6 +55,13 @@ def main(driver: int, look_s: float, grace_s: float) -> None:
         for process in descendants(driver) - held.keys() - {os.getpid()}:
             with suppress(ProcessLookupError):
                 held[process] = os.pidfd_open(process)
+    if not os.read(sys.stdin.fileno(), 1):
+        print(
+            f"r2vpo: error: the driver (process {driver}) was killed, or ended by Ray; ending what is left of the run; "
+            f"see {logs}",
+            file=sys.stderr,
+            flush=True,
+        )
     until_s = time.monotonic() + grace_s
     while time.monotonic() < until_s and len(_ended(held)) < len(held):
         time.sleep(0.1)
@@ -87,4 +97,4 @@ def _ended(held: dict[int, int]) -> set[int]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))
+    main(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]), float(sys.argv[4]))

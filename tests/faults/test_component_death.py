@@ -72,8 +72,9 @@ def test_a_killed_driver_takes_every_process_along_and_the_run_goes_on_later(tmp
     run.await_steps(3)
     ray_files = Path(os.readlink(run.folder / "logs" / "ray")).parents[1]
     run.kill("driver")
-    code, _ = run.end()
+    code, output = run.end()
     assert code == -9
+    assert "was killed, or ended by Ray; ending what is left of the run; see" in output
     assert run.summary()["status"] == "running"
     assert run.check_store() >= 3
     check_continuation(run, tmp_path)

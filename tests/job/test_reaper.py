@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ PARENT = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c',
 DRIVER = f"""
 import subprocess, sys, time
 from r2vpo.job import reaper
-helper = reaper.Reaper(look_s=0.1, grace_s=0.2)
+helper = reaper.Reaper("the/logs", look_s=0.1, grace_s=0.2)
 subprocess.Popen([sys.executable, "-c", {PARENT!r}], start_new_session=True)
 print(helper._process.pid, flush=True)
 {{after}}
@@ -47,7 +48,8 @@ def start():
 
     def start(after: str) -> tuple[subprocess.Popen[str], psutil.Process, list[psutil.Process]]:
         """A driver with a reaper and, below it, a process and that one's child."""
-        driver = subprocess.Popen([sys.executable, "-c", DRIVER.format(after=after)], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", DRIVER.format(after=after)]
+        driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert driver.stdout is not None
         helper = psutil.Process(int(driver.stdout.readline()))
         me = psutil.Process(driver.pid)
@@ -69,6 +71,9 @@ def test_what_a_killed_driver_leaves_behind_is_ended(start):
     driver.wait()
     until(lambda: not any(alive(p) for p in below))
     until(lambda: not alive(helper))
+    assert re.fullmatch(
+        rf"r2vpo: error: the driver \(process {driver.pid}\) was killed, or .*; see the/logs\n", driver.stderr.read()
+    )
 
 
 def test_a_reaper_that_is_let_go_ends_as_soon_as_nothing_is_left(start):
@@ -78,7 +83,7 @@ def test_a_reaper_that_is_let_go_ends_as_soon_as_nothing_is_left(start):
     until(lambda: not alive(helper))
     assert driver.poll() is None
     driver.kill()
-    driver.wait()
+    assert driver.communicate()[1] == ""
 
 
 def test_descendants_are_found_at_every_depth_and_nobody_else():

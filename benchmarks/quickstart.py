@@ -70,7 +70,7 @@ def main() -> int:
 
 def run(folder: Path, label: str, overrides: list[str]) -> dict[str, Any]:
     """Summary of one run, and its peak of memory in GiB; a run that fails is shown with what it said."""
-    name = f"run-{len(list(folder.glob('run-*')))}"
+    name = f"run-{len(list(folder.glob('*.log')))}"
     command = [sys.executable, "-m", "r2vpo", "train", str(RECIPE), f"run_dir={folder}", f"name={name}"]
     log = folder / f"{name}.log"
     with log.open("w") as output:

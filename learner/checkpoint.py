@@ -90,13 +90,6 @@ def prune(directory: Path, *, keep: int) -> None:
         _remove(path)
 
 
-def discard_after(directory: Path, step: int) -> None:
-    """Remove the checkpoints of steps after ``step``: a run that resumes from there has given that future up."""
-    for later, path in complete(directory).items():
-        if later > step:
-            _remove(path)
-
-
 def flush(directory: Path) -> None:
     """Make every file and directory below durable."""
     for parent, _, files in os.walk(directory):

@@ -75,10 +75,3 @@ def test_writing_a_step_again_replaces_it(tmp_path):
     path = write(tmp_path, 50, state={"attempt": 2})
     assert checkpoint.read_state(path) == {"attempt": 2}
     assert names(tmp_path) == ["step-000050"]
-
-
-def test_resuming_from_a_step_discards_what_came_after(tmp_path):
-    for step in (10, 20, 30):
-        write(tmp_path, step)
-    checkpoint.discard_after(tmp_path, 20)
-    assert names(tmp_path) == ["step-000010", "step-000020"]

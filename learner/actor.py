@@ -21,7 +21,7 @@ from learner.board import WeightBoard
 from learner.config import LearnerConfig
 from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.logfile import redirect_output
-from r2vpo.records import SampledBatch, WeightManifest
+from r2vpo.records import BatchSource, WeightManifest
 
 if TYPE_CHECKING:
     from learner.trainer import LearnerTrainer
@@ -106,12 +106,20 @@ class LearnerRank:
             "start_s": time.perf_counter() - started,
         }
 
-    def train_step(self, batch: SampledBatch) -> dict[str, float]:
-        """One learner step; the metrics are the same on all ranks but for the times."""
+    def train_step(self, source: BatchSource) -> dict[str, float]:
+        """One learner step; the metrics are the same on all ranks but for the times.
+
+        They are those of `learner.trainer.LearnerTrainer.step`, and ``time/fetch_s``, the seconds until all groups of
+        the batch were here.
+        """
+        self._begin("fetching a batch")
+        started = time.perf_counter()
+        batch = source.fetch()
+        fetch_s = time.perf_counter() - started
         self._begin(f"learner step {batch.step}")
         metrics = self._trainer.step(batch)
         self._done()
-        return metrics
+        return {**metrics, "time/fetch_s": fetch_s}
 
     def publish(self) -> tuple[WeightManifest, list[ray.ObjectRef]] | None:
         """Put the weights into the object store; rank 0 returns the manifest and one reference per bucket.

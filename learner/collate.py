@@ -43,6 +43,8 @@ class Sample:
     trajectory: Trajectory
     kind: Kind
     advantage: float
+    draw_weight: float
+    """Importance weight of its group's draw."""
     lag_N: np.ndarray
     """int64 ``[N]``: learner version minus the version of each trained token."""
     proximal: bool
@@ -146,6 +148,8 @@ class MicroBatch:
     """float32 ``[N]``."""
     advantage_N: Tensor
     """float32 ``[N]``."""
+    draw_weight_N: Tensor
+    """float32 ``[N]``."""
     lag_N: Tensor
     """int64 ``[N]``."""
 
@@ -160,6 +164,7 @@ class MicroBatch:
             logp_prox_N=self.logp_prox_N,
             behavior_logp_N=self.behavior_logp_N,
             advantage_N=self.advantage_N,
+            draw_weight_N=self.draw_weight_N,
         )
 
 
@@ -188,6 +193,7 @@ def pack(samples: Sequence[Sample], logp_prox: Sequence[np.ndarray | None]) -> M
         behavior_logp_N=_float32(behavior),
         logp_prox_N=_float32(proximal),
         advantage_N=_float32([np.full(len(s.lag_N), s.advantage) for s in samples]),
+        draw_weight_N=_float32([np.full(len(s.lag_N), s.draw_weight) for s in samples]),
         lag_N=_int64(np.concatenate([np.zeros(0, np.int64), *(s.lag_N for s in samples)])),
     )
 
@@ -213,7 +219,16 @@ def _samples(batch: SampledBatch, index: int, *, advantage: str, exact_engine: b
             )
         lag_N = batch.step - t.version_T[t.loss_mask_T].astype(np.int64)
         proximal = not exact_engine or needs_proximal(t, batch.step)
-        samples.append(Sample(trajectory=t, kind=sampled.kind, advantage=float(a), lag_N=lag_N, proximal=proximal))
+        samples.append(
+            Sample(
+                trajectory=t,
+                kind=sampled.kind,
+                advantage=float(a),
+                draw_weight=sampled.weight,
+                lag_N=lag_N,
+                proximal=proximal,
+            )
+        )
     return samples
 
 

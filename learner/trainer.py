@@ -45,7 +45,7 @@ class OptimizerStep(NamedTuple):
 
     loss: float
     second_moment: float
-    """V over the trained tokens of all ranks."""
+    """V over the trained tokens of all ranks, importance weights of the draws included."""
     entropy: float
     """Mean entropy (nats) of the distributions that the trained tokens were drawn from."""
     grad_norm: float
@@ -265,7 +265,7 @@ class LearnerTrainer:
         return result
 
     def _forward(self, micro_batch: MicroBatch, num_tokens: int, sums: Tensor, seen: LagDiagnostics) -> Tensor:
-        """The micro-batch's share of the loss; adds to ``sums``: loss, Σ(u-1)², Σ entropy."""
+        """The micro-batch's share of the loss; adds to ``sums``: loss, Σc·(u-1)², Σ entropy."""
         logp_N, entropy_N = self._logprobs(micro_batch.row, temperature=self._temperature)
         tokens = micro_batch.tokens(logp_N)
         loss = self._objective(tokens, num_tokens, self.dual.lam)

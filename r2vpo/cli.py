@@ -1,4 +1,4 @@
-"""The command line: ``r2vpo train CONFIG.yaml [key=value …]``.
+"""The command line: ``r2vpo train CONFIG.yaml [key=value …]``, and commands that look at what runs left.
 
 Every check that needs no heavy import comes first, in the order of what it costs; only when all have passed is the
 folder of the run made and the driver, with Ray behind it, imported. Whatever is wrong ends in one sentence on standard
@@ -16,7 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
+from r2vpo.job import replay_commands, replay_step
 from r2vpo.job.config import RunConfig, check_resumable, load_config, to_yaml
+from r2vpo.job.history import record_start
 from r2vpo.job.preflight import preflight
 from r2vpo.job.rundir import RunDir, occupied
 from r2vpo.job.settings import ConfigError
@@ -31,6 +33,8 @@ examples:
   r2vpo train configs/quickstart.yaml name=mine learner.steps=200 rollout.workers=2
   r2vpo train runs/mine/config.yaml --resume learner.steps=400
   r2vpo config configs/quickstart.yaml learner.lr=1e-4
+  r2vpo replay stats mine
+  r2vpo replay-step mine --step 73
 """
 
 
@@ -45,8 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 something to put right, else what the driver says."""
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
-        command = {"train": _train, "config": _show_config}[arguments.command]
-        return command(arguments)
+        commands = {
+            "train": _train,
+            "config": _show_config,
+            "replay": replay_commands.run,
+            "replay-step": replay_step.run,
+        }
+        return commands[arguments.command](arguments)
     except ConfigError as error:
         print(f"r2vpo: error: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -88,12 +97,34 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="print the resolved settings",
         description="Print every setting as the run would have it, checked, as YAML.",
     )
+    replay_step.add_arguments(
+        commands.add_parser(
+            "replay-step",
+            help="compute a learner step again, and compare",
+            description="Compute a learner step of a run again, from its store and checkpoints, and compare it with "
+            "what the run recorded. Nothing is written into the run's folder.",
+            epilog=replay_step.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    replay = commands.add_parser(
+        "replay",
+        help="look at the trajectories of a run",
+        description="Look at the replay store of a run, also while it goes on.",
+        epilog=replay_commands.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    replay_commands.add_arguments(replay)
     arguments, rest = parser.parse_known_args(argv)
     unknown = [text for text in rest if text.startswith("-")]
     if unknown:
-        hint = " (settings are written without dashes: key=value)" if "=" in unknown[0] else ""
+        takes_settings = "overrides" in arguments and "=" in unknown[0]
+        hint = " (settings are written without dashes: key=value)" if takes_settings else ""
         raise ConfigError(f"unknown option {unknown[0]}{hint}; see r2vpo {arguments.command} --help")
-    arguments.overrides += rest  # argparse leaves overrides that stand behind an option
+    if "overrides" in arguments:
+        arguments.overrides += rest  # argparse leaves overrides that stand behind an option
+    elif rest:
+        raise ConfigError(f"{rest[0]} is one argument too many; see r2vpo {arguments.command} --help")
     return arguments
 
 
@@ -117,6 +148,7 @@ def _train(arguments: argparse.Namespace) -> int:
         for sentence in (*warnings, *config.notes):
             print(f"r2vpo: note: {sentence}", file=sys.stderr)
         run.write_config(to_yaml(config))
+        record_start(run, config, resume=arguments.resume)
         os.environ.update(config.ray.environment())
         from r2vpo.job.driver import run_job  # brings Ray: only now
 

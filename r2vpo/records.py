@@ -4,7 +4,8 @@ A trajectory is complete at birth and never mutated. All per-token arrays of one
 ``t`` is a token of prompt + response, and ``loss_mask_T`` says which positions train. Suffixes name axes: ``_T`` tokens
 of one trajectory, ``_G`` members of a group.
 
-    prompt ──▶ Trajectory × n ──▶ TrajectoryGroup ──append──▶ store ──sample──▶ SampledBatch ──▶ learner
+    prompt ──▶ Trajectory × n ──▶ TrajectoryGroup ──append──▶ store
+    store ──sample──▶ BatchPlan ──fetch──▶ SampledBatch ──▶ learner
     learner ──▶ WeightManifest + buckets ──▶ rollout workers
 
 Only the standard library and numpy are imported here, so that every room can speak these words.
@@ -12,6 +13,7 @@ Only the standard library and numpy are imported here, so that every room can sp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -200,6 +202,43 @@ class LeaseAnswer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Draw:
+    """A stored group that was chosen for a learner step, without its payload."""
+
+    group_id: int
+    """The store's id of the group."""
+    kind: Kind
+    uses: int = 0
+    """How often the group was consumed before this step."""
+    weight: float = 1.0
+    """Importance weight of the draw; see ``SampledGroup``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """Which groups a learner step trains on, fresh first; their payloads come straight from the store's shards."""
+
+    step: int
+    """The learner step that consumes the batch; also the learner's version while it does."""
+    draws: tuple[Draw, ...]
+
+    @property
+    def group_ids(self) -> tuple[int, ...]:
+        """Store ids, in batch order."""
+        return tuple(d.group_id for d in self.draws)
+
+    def batch(self, groups: Mapping[int, TrajectoryGroup]) -> SampledBatch:
+        """The plan with its payloads (id → group). ``KeyError`` if one is missing."""
+        return SampledBatch(
+            step=self.step,
+            groups=tuple(
+                SampledGroup(group_id=d.group_id, kind=d.kind, uses=d.uses, weight=d.weight, group=groups[d.group_id])
+                for d in self.draws
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampledGroup:
     """A group drawn from the store for one learner step."""
 
@@ -209,6 +248,9 @@ class SampledGroup:
     uses: int
     """How often the group was consumed before this step."""
     group: TrajectoryGroup
+    weight: float = 1.0
+    """Importance weight of the draw: multiplies the group's share of the loss, so that its expectation does not depend
+    on how stale groups are drawn. 1 for fresh groups and for uniform draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,10 +333,18 @@ class GroupSink(Protocol):
         ...
 
 
+class BatchSource(Protocol):
+    """A batch whose payloads are fetched where they are needed."""
+
+    def fetch(self) -> SampledBatch:
+        """The batch with its payloads, from all shards in parallel."""
+        ...
+
+
 class GroupSource(Protocol):
     """Where the learner's batches come from."""
 
-    async def sample(self, *, step: int, timeout_s: float) -> SampledBatch | None:
+    async def sample(self, *, step: int, timeout_s: float) -> BatchPlan | None:
         """The batch of ``step``, or None if it is not complete within ``timeout_s``. Repeatable until committed."""
         ...
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 
 class ReplayError(RuntimeError):
-    """The store cannot do what was asked: locked by another run, disk full, not a store, a damaged payload."""
+    """The store cannot do what was asked: locked by another run, not a store, a missing log, a damaged file."""
+
+
+class DiskFull(ReplayError):  # noqa: N818 - the name says what happened
+    """There was no room for a change, and nothing of it was kept. The same call works once there is room again."""
+
+
+class DamagedFile(ReplayError):  # noqa: N818 - the name says what happened
+    """Bytes on the disk are not those that were written, or cannot be read."""
 
 
 class LagViolation(ReplayError):  # noqa: N818 - the name says what happened; the run stops on it

@@ -1,21 +1,27 @@
-"""The tables of a store. A file of another schema version is refused, never guessed at."""
+"""The tables of a store: one file per shard for groups and payloads, one file for what became of them."""
 
 from __future__ import annotations
 
-import sqlite3
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from r2vpo.records import Outcome, TrajectoryGroup
-from replay.errors import ReplayError
 from replay.serialize import parse_key
 
-SCHEMA_VERSION = 1
-"""Version of the tables; it changes whenever a statement below does."""
+SCHEMA_VERSION = 2
+"""Version of the tables of both files; it changes whenever a statement below does (see `migration`)."""
 
-_STATEMENTS = (
+CONSUMPTION_FILE = "consumption.sqlite3"
+"""Name of the consumption log in the replay directory of a run."""
+
+
+def shard_file(shard: int) -> str:
+    """Name of a shard's file: ``shard_file(0) == "shard-000.sqlite3"``."""
+    return f"shard-{shard:03d}.sqlite3"
+
+
+SHARD_TABLES = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     """CREATE TABLE groups (
         id INTEGER PRIMARY KEY,
@@ -32,62 +38,74 @@ _STATEMENTS = (
         num_with_reward INTEGER NOT NULL,
         has_signal INTEGER NOT NULL,
         reward_mean REAL,
+        reward_spread REAL NOT NULL,
         num_scored INTEGER NOT NULL,
         num_truncated INTEGER NOT NULL,
         num_no_verdict INTEGER NOT NULL,
         num_timeout INTEGER NOT NULL,
         num_error INTEGER NOT NULL,
-        unusable TEXT,
-        appended_s REAL NOT NULL
+        num_bytes INTEGER NOT NULL,
+        appended_s REAL NOT NULL,
+        evicted_s REAL
     )""",
-    "CREATE INDEX groups_by_oldest_version ON groups (oldest_version, id)",
+    "CREATE INDEX groups_held ON groups (oldest_version, id) WHERE evicted_s IS NULL",
+    "CREATE INDEX groups_by_epoch ON groups (epoch, prompt_index)",
     """CREATE TABLE payloads (
         group_id INTEGER PRIMARY KEY REFERENCES groups (id),
         payload BLOB NOT NULL,
         checksum TEXT NOT NULL
     )""",
+)
+CONSUMPTION_TABLES = (
+    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE steps (step INTEGER PRIMARY KEY, committed_s REAL NOT NULL)",
     """CREATE TABLE consumption (
         step INTEGER NOT NULL REFERENCES steps (step),
-        group_id INTEGER NOT NULL REFERENCES groups (id),
+        group_id INTEGER NOT NULL,
         kind TEXT NOT NULL,
         position INTEGER NOT NULL,
+        uses INTEGER NOT NULL,
+        weight REAL NOT NULL,
         PRIMARY KEY (step, group_id)
     )""",
     "CREATE INDEX consumption_by_group ON consumption (group_id, step)",
     """CREATE TABLE choice (
         position INTEGER PRIMARY KEY,
         step INTEGER NOT NULL,
-        group_id INTEGER NOT NULL UNIQUE REFERENCES groups (id),
-        kind TEXT NOT NULL
+        group_id INTEGER NOT NULL UNIQUE,
+        kind TEXT NOT NULL,
+        uses INTEGER NOT NULL,
+        weight REAL NOT NULL
     )""",
+    "CREATE TABLE set_aside (group_id INTEGER PRIMARY KEY, reason TEXT NOT NULL)",
 )
 
 
-def create_or_check(db: sqlite3.Connection, path: Path, *, may_create: bool) -> None:
-    """Create the tables in an empty file, or check that it is a store of this schema. ``ReplayError`` if not."""
-    tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if not tables and may_create:
-        db.execute("BEGIN IMMEDIATE")  # one transaction: a crash leaves an empty file, not half a schema
-        for statement in _STATEMENTS:
-            db.execute(statement)
-        db.execute("INSERT INTO meta (key, value) VALUES ('schema_version', ?)", (str(SCHEMA_VERSION),))
-        db.execute("COMMIT")
-        return
-    if not {"meta", "groups"} <= tables:
-        raise ReplayError(f"{path} is not a replay store")
-    found = db.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
-    if found is None or found[0] != str(SCHEMA_VERSION):
-        raise ReplayError(
-            f"replay store {path} has schema version {found and found[0]}, this version of r2vpo reads "
-            f"{SCHEMA_VERSION}: open it with the version that wrote it, or start a new run"
-        )
+GROUP_COLUMNS = (
+    "key",
+    "epoch",
+    "prompt_index",
+    "worker",
+    "lease_version",
+    "oldest_version",
+    "newest_version",
+    "num_trajectories",
+    "num_tokens",
+    "num_sampled_tokens",
+    "num_with_reward",
+    "has_signal",
+    "reward_mean",
+    "reward_spread",
+    *(f"num_{outcome.value}" for outcome in Outcome),
+    "num_bytes",
+)
+"""What table ``groups`` says about a group that follows from its payload."""
 
 
 def group_columns(group: TrajectoryGroup) -> dict[str, Any]:
-    """What the table says about a group, all of it derived from the group."""
+    """``GROUP_COLUMNS`` of a group, but for ``num_bytes``, the length of its payload."""
     epoch, index = parse_key(group.key)
-    verdicts = [float(t.reward) for t in group.trajectories if t.reward is not None]
+    verdicts = np.array([float(t.reward) for t in group.trajectories if t.reward is not None])
     return {
         "key": group.key,
         "epoch": epoch,
@@ -101,6 +119,7 @@ def group_columns(group: TrajectoryGroup) -> dict[str, Any]:
         "num_sampled_tokens": group.num_sampled_tokens,
         "num_with_reward": group.num_scored,
         "has_signal": int(group.has_signal),
-        "reward_mean": float(np.mean(verdicts)) if verdicts else None,
+        "reward_mean": float(verdicts.mean()) if len(verdicts) else None,
+        "reward_spread": float(np.abs(verdicts - verdicts.mean()).mean()) if len(verdicts) >= 2 else 0.0,
         **{f"num_{o.value}": sum(t.outcome is o for t in group.trajectories) for o in Outcome},
     }

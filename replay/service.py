@@ -1,37 +1,46 @@
-"""The meeting place of rollout workers and learner: store, ledger and limiter behind one asyncio interface.
+"""The meeting place of rollout workers and learner: ledger, limiter and index behind one asyncio interface.
 
-    worker ──lease──▶ [ledger, if the limiter grants it]        waits for: room, i.e. the learner's next sample
-    worker ──append─▶ [store, one transaction for all queued]   waits for: the disk
-    learner ─sample─▶ [store, once the limiter is content]      waits for: appends, or the end of leases
-    learner ─commit─▶ [store]                                   waits for: the disk
+    worker ──lease──▶ [ledger, if the limiter grants it]            waits for: room, i.e. the learner's next sample
+    shard ──appended─▶ [index]                                      waits for: whoever changes the state just now
+    learner ─sample─▶ [index, once the limiter is content; choice]  waits for: appends, the end of leases, a shard
+    learner ─commit─▶ [consumption log]                             waits for: the disk
 
-One condition guards everything: whoever changes the state holds it until memory and disk agree, and then wakes all
-waiters, each of which looks again at its own predicate. SQLite runs in one thread of its own. Changes to the store run
-in shielded tasks, so that a caller who is cancelled never leaves memory behind the disk.
+Groups lie in the shards; what became of them lies in the consumption log, which is written here and nowhere else. One
+condition guards everything: whoever changes the state holds it until memory and disk agree, and then wakes all waiters,
+each of which looks again at its own predicate. SQLite runs in one thread of its own. Changes to the log run in shielded
+tasks, so that a caller who is cancelled never leaves memory behind the disk.
+
+It serves once every shard has been attached. A shard that dies is detached, and attached again when it is back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from r2vpo.records import LeaseAnswer, SampledBatch, TrajectoryGroup
-from replay.config import ReplayConfig
-from replay.dispatcher import Dispatcher
-from replay.errors import ReplayError
-from replay.ledger import PromptLedger
-from replay.limiter import Grant, LagLimiter
-from replay.serialize import check_group
-from replay.store import LATE, ReplayStore
+import numpy as np
 
-SHARD = "shard-000.sqlite3"
-"""Name of the store's file in its directory."""
+from r2vpo.records import BatchPlan, LeaseAnswer
+from replay.config import ReplayConfig
+from replay.consumption import ConsumptionLog
+from replay.dispatcher import DAMAGED, Dispatcher
+from replay.errors import DiskFull, ReplayError
+from replay.index import Index
+from replay.ledger import PromptLedger
+from replay.limiter import Grant
+from replay.roster import Shard, ShardState, count, sum_by_key
+from replay.rows import Rows
+from replay.schema import CONSUMPTION_FILE
+from replay.sweeper import Sweeper
+
+RETRY_S = 1.0
+"""Between two attempts to write to a full disk (seconds)."""
 
 T = TypeVar("T")
 
@@ -44,10 +53,10 @@ class _Wait:
 
 
 class ReplayService:
-    """PromptSource, GroupSink and GroupSource of one run. Construct it in any thread, use it in one event loop.
+    """PromptSource and GroupSource of one run. Construct it in any thread, use it in one event loop.
 
-    With ``resume_step=None`` the directory must hold no store with groups in it; otherwise the store is rewound so
-    that ``resume_step`` is the next step. ``ValueError`` says what does not fit, ``ReplayError`` what the disk refuses.
+    With ``resume_step=None`` the store must be empty; otherwise it is rewound so that ``resume_step`` is the next step.
+    ``ValueError`` says what does not fit, ``ReplayError`` what the disk refuses.
     """
 
     def __init__(
@@ -61,32 +70,77 @@ class ReplayService:
         seed: int,
         resume_step: int | None = None,
     ) -> None:
-        num_fresh = config.num_fresh(groups_per_step)
-        if num_fresh < 1:
-            raise ValueError(
-                f"replay.stale_fraction={config.stale_fraction} of learner.groups_per_step={groups_per_step} leaves no "
-                "fresh group per step; lower stale_fraction or raise groups_per_step"
-            )
-        self._config = config
-        self._seed = seed
-        self._num_stale = config.num_stale(groups_per_step)
-        limiter = LagLimiter(max_lag=config.max_lag, num_fresh=num_fresh, steps=steps)
-        self._changed = asyncio.Condition()
-        self._pending: list[TrajectoryGroup] = []
-        self._flush: asyncio.Task[list[bool]] | None = None
-        self._waits: dict[object, _Wait] = {}
-        self._draining = False
-        self._closed = False
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="replay-store")
-        with ExitStack() as undo:
-            undo.callback(self._thread.shutdown)
-            path = Path(directory) / SHARD
-            opened = self._thread.submit(_open, path, limiter, num_prompts, seed, resume_step).result()
-            self._store, self._dispatcher = opened
-            undo.pop_all()
+        self._config, self._groups_per_step, self._steps, self._seed = config, groups_per_step, steps, seed
+        self._num_prompts = num_prompts
+        self._resume_step = resume_step
         self._version = resume_step or 0  # the next step to commit
+        self._changed = asyncio.Condition()
+        self._waits: dict[object, _Wait] = {}
+        self._draining = self._closed = False
+        self._trouble = ""
         self._learners_waiting = 0
         self._asks: dict[str, object] = {}
+        self._shards = [ShardState(number) for number in range(config.shards)]
+        self._index: Index | None = None
+        self._chosen: BatchPlan | None = None  # the batch in work
+        self._sweep: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="replay-log")
+        try:
+            self._log = self._thread.submit(self._open_log, Path(directory)).result()
+        except BaseException:
+            self._thread.shutdown()
+            raise
+        self._sweeper = Sweeper(config, shards=self._shards, changed=self._changed, log=self._log, in_log=self._in_log)
+
+    # Shards
+
+    async def attach(self, shard: int, link: Shard) -> None:
+        """A shard is there, for the first time or again; all of its groups count from now on."""
+        state = self._shards[shard]
+        async with self._changed:
+            state.link = link
+            state.generation += 1
+            state.speak("")
+            if self._index is not None:
+                await self._return(state, link)
+            elif all(other.link is not None for other in self._shards):
+                self._index = await self._load()
+            self._changed.notify_all()
+
+    async def detach(self, shard: int, reason: str) -> None:
+        """A shard cannot be reached: its groups and prompts wait until it is attached again."""
+        async with self._changed:
+            state = self._shards[shard]
+            state.link = None
+            state.speak(f"replay shard {shard}: {reason}")
+            if self._index is not None:
+                self._index.leave(shard)
+            self._changed.notify_all()
+
+    async def locate(self, shard: int, *, after: int, timeout_s: float) -> tuple[int, Shard] | None:
+        """A shard's generation, above ``after``, and its link; None if it is not there within ``timeout_s``."""
+        state = self._shards[shard]
+        async with self._changed:
+            there = await self._until(lambda: state.link is not None and state.generation > after, timeout_s)
+            return (state.generation, state.link) if there and state.link is not None else None
+
+    async def appended(self, shard: int, rows: Rows) -> None:
+        """A shard has made groups durable, in the order of their ids. May be said twice."""
+        async with self._changed:
+            if self._index is not None:  # else they are read with all others when the last shard is attached
+                await self._take_in(self._shards[shard], rows)
+                self._changed.notify_all()
+        self._make_room()
+
+    async def stalled(self, shard: int, sentence: str, keys: Sequence[str]) -> None:
+        """Finished groups wait for a shard's disk; their leases go on meanwhile. "" once that is over."""
+        async with self._changed:
+            self._shards[shard].speak(sentence)
+            if self._index is not None:
+                self._dispatcher.ledger.extend(keys, deadline_s=time.time() + self._config.lease_s)
+            self._changed.notify_all()
+
+    # Rollout workers
 
     async def lease(self, *, worker: str, version: int, count: int, timeout_s: float) -> LeaseAnswer:
         """Up to ``count`` leases for a worker that holds ``version``; waits at most ``timeout_s`` for the first.
@@ -109,6 +163,8 @@ class ReplayService:
             if superseded():
                 return LeaseAnswer(leases=(), reason="the worker has asked again since")
             granted = grant()
+            if not granted.count:
+                return LeaseAnswer(leases=(), reason=granted.reason, exhausted=granted.exhausted)
             leases = self._dispatcher.lease(
                 worker=worker,
                 version=version,
@@ -116,49 +172,43 @@ class ReplayService:
                 now_s=time.time(),
                 lease_s=self._config.lease_s,
             )
-        return LeaseAnswer(leases=leases, reason=granted.reason, exhausted=granted.exhausted)
+        return LeaseAnswer(leases=leases, reason=granted.reason)
 
     async def release(self, *, worker: str, keys: tuple[str, ...]) -> None:
         """Give prompts back that will not be answered by this worker."""
         async with self._changed:
-            if self._dispatcher.ledger.release(worker=worker, keys=keys):
+            if self._index is not None and self._dispatcher.ledger.release(worker=worker, keys=keys):
                 self._changed.notify_all()
 
     async def release_worker(self, *, worker: str) -> None:
         """Give back every prompt that ``worker`` holds: it is gone."""
-        await self.release(worker=worker, keys=tuple(self._dispatcher.ledger.live))
+        if self._index is not None:
+            await self.release(worker=worker, keys=tuple(self._dispatcher.ledger.live))
 
-    async def append(self, group: TrajectoryGroup) -> bool:
-        """Return once the group is durable. True if it is new, False if its key was there already.
+    # The learner
 
-        ``ValueError`` for a malformed group, ``ReplayError`` if the disk refuses; the lease then goes on.
-        """
-        check_group(group)
-        self._dispatcher.ledger.check(group.key)
-        if self._flush is None:
-            self._flush = asyncio.create_task(self._append_pending())
-        self._pending.append(group)
-        position = len(self._pending) - 1
-        return (await asyncio.shield(self._flush))[position]
-
-    async def sample(self, *, step: int, timeout_s: float) -> SampledBatch | None:
+    async def sample(self, *, step: int, timeout_s: float) -> BatchPlan | None:
         """The batch of ``step``, or None if it is not complete within ``timeout_s``. Repeatable until committed.
 
         ``ValueError`` unless ``step`` is the next one to commit.
         """
         until = time.monotonic() + timeout_s
-        batch = None
+        plan = None
         self._learners_waiting += 1
         try:
-            with self._shown("learner", self._dispatcher.lacking):
-                while batch is None:
+            with self._shown("learner", self._lacking):
+                while plan is None:
                     async with self._changed:
                         if not await self._until(lambda: self._may_take(step), until - time.monotonic()):
                             return None
-                    batch = await asyncio.shield(self._take(step))
+                    plan = await asyncio.shield(self._take(step))
         finally:
             self._learners_waiting -= 1
-        return batch
+        return plan
+
+    async def quarantine(self, *, step: int, problems: Mapping[int, str]) -> None:
+        """Groups (id → what is wrong) of the batch of ``step`` cannot be read: never draw them, draw the step anew."""
+        await asyncio.shield(self._quarantine(step, problems))
 
     async def commit(self, *, step: int, group_ids: tuple[int, ...]) -> None:
         """Record the groups as consumed by ``step``; the learner's version becomes ``step + 1``.
@@ -166,29 +216,43 @@ class ReplayService:
         The same commit again does nothing. ``ValueError`` for other groups than were sampled.
         """
         await asyncio.shield(self._commit(step, group_ids))
+        self._make_room()
 
-    async def read(self, group_ids: Sequence[int]) -> tuple[TrajectoryGroup, ...]:
-        """Groups by id. ``LookupError`` for an unknown one, ``ReplayError`` for a damaged one."""
-        return await self._in_store(lambda: tuple(self._store.get(i) for i in group_ids))
+    async def keep_from(self, *, step: int) -> None:
+        """The run may be resumed at ``step`` or later, never before it: older consumption need not be kept for that."""
+        async with self._changed:
+            self._sweeper.pinned_step = max(self._sweeper.pinned_step, step)
+        self._make_room()
+
+    # The job
+
+    async def hosts(self) -> dict[int, str]:
+        """The host that each shard's file lies on, as far as it was recorded."""
+        return await self._in_log(lambda: self._log.hosts)
+
+    async def set_hosts(self, hosts: Mapping[int, str]) -> None:
+        """Record where the shards' files lie."""
+        await self._in_log(lambda: self._log.set_hosts(dict(hosts)))
 
     async def stats(self) -> dict[str, Any]:
-        """What the store holds and has handed out, and ``waits``: who waits for what, since when (Unix seconds)."""
-        async with self._changed:
-            self._expire()
-            stored = await self._in_store(self._store.stats)
-            eligible = await self._in_store(
-                lambda: self._store.stale_eligible(
-                    step=self._dispatcher.next_step, max_replay_lag=self._config.max_replay_lag
-                )
-            )
-            return {
-                **stored,
-                "fresh_waiting": len(self._dispatcher.waiting),
-                "in_flight": len(self._dispatcher.ledger.live),
-                "stale_eligible": len(eligible),
-                "draining": self._draining,
-                "waits": [{"who": w.who, "what": w.what(), "since_s": w.since_s} for w in self._waits.values()],
-            }
+        """What the store holds and has handed out; ``waits``: who waits for what, since when (Unix seconds).
+
+        ``troubles`` are sentences about what keeps the store from working as it should. Never waits for a full disk.
+        """
+        await asyncio.gather(*(state.refresh() for state in self._shards))
+        if not self._changed.locked():  # who holds it may be waiting for the disk
+            async with self._changed:
+                self._expire()
+        logged = await self._ask_log(self._log.stats)
+        return {
+            **count(self._shards, logged),
+            "fresh_waiting": len(self._dispatcher.waiting) if self._index else 0,
+            "in_flight": len(self._dispatcher.ledger.live) if self._index else 0,
+            "stale_eligible": len(self._index.pool) if self._index else 0,
+            "draining": self._draining,
+            "waits": [{"who": w.who, "what": w.what(), "since_s": w.since_s} for w in self._waits.values()],
+            "troubles": [text for text in (self._trouble, *(state.trouble for state in self._shards)) if text],
+        }
 
     async def set_draining(self) -> None:
         """Hand out no more prompts; those in flight may still be appended, and batches sampled."""
@@ -197,75 +261,172 @@ class ReplayService:
             self._changed.notify_all()
 
     async def close(self) -> None:
-        """Finish the appends that are queued, end every wait, and close the store. May be called twice."""
-        if self._flush is not None:
-            await asyncio.wait([self._flush])
+        """End every wait and close the log. May be called twice."""
+        if self._sweep is not None:
+            await asyncio.wait([self._sweep])
         async with self._changed:
             if not self._closed:
                 self._draining = True
-                await self._in_store(self._store.close)
+                await self._in_log(self._log.close)
                 self._closed = True
                 self._thread.shutdown()
                 self._changed.notify_all()
 
-    # What follows runs with the condition held, except for _append_pending, _take and _commit, which take it.
+    # What follows runs with the condition held, except for what takes it: _take, _quarantine, _commit.
 
-    async def _append_pending(self) -> list[bool]:
-        async with self._changed:
-            # Everything that was queued while the last transaction ran goes into this one.
-            groups, self._pending, self._flush = self._pending, [], None
-            known = await self._in_store(lambda: self._store.ids(g.key for g in groups))
-            fresh = {g.key: g for g in reversed(groups) if g.key not in known}  # of equal keys the first counts
-            unusable = self._dispatcher.unusable(fresh.values())
-            new, ids = await self._in_store(
-                lambda: (self._store.append_many(groups, unusable), self._store.ids(g.key for g in groups))
-            )
-            for group, is_new in zip(groups, new, strict=True):
-                if is_new:
-                    usable = group.num_scored >= 2 and group.key not in unusable
-                    self._dispatcher.appended(group, ids[group.key], usable=usable)
-            self._changed.notify_all()
-            return new
+    @property
+    def _dispatcher(self) -> Dispatcher:
+        assert self._index is not None, "not all shards are attached"
+        return self._index.dispatcher
 
-    async def _take(self, step: int) -> SampledBatch | None:
+    def _open_log(self, directory: Path) -> ConsumptionLog:
+        log = ConsumptionLog(directory / CONSUMPTION_FILE, shards=self._config.shards)
+        try:
+            if self._resume_step is None and log.version > 0:
+                raise _not_empty(log.path, f"{log.version} steps")
+            log.rewind(self._resume_step or 0)
+        except BaseException:
+            log.close()
+            raise
+        return log
+
+    async def _load(self) -> Index:
+        """The index over all shards, as the run begins."""
+        links = [state.link for state in self._shards if state.link is not None]
+        step = self._version
+        counts = sum_by_key(await asyncio.gather(*(link.epochs() for link in links)))
+        if self._resume_step is None and counts:
+            raise _not_empty(self._log.path.parent, f"{sum(counts.values())} groups")
+        done = {
+            epoch: np.concatenate(await asyncio.gather(*(link.answered(epoch) for link in links))) for epoch in counts
+        }
+        index = Index(
+            self._config,
+            groups_per_step=self._groups_per_step,
+            steps=self._steps,
+            seed=self._seed,
+            next_step=step,
+            ledger=PromptLedger(num_prompts=self._num_prompts, seed=self._seed, done=done, shards=len(links)),
+        )
+        loaded = await asyncio.gather(*(self._read_rows(link, step) for link in links))
+        for state, rows in zip(self._shards, loaded, strict=True):
+            state.known_id = int(rows["id"].max(initial=0))
+        rows = np.concatenate(loaded)
+        uses = await self._uses(rows)
+        aside = await self._in_log(self._log.aside)
+        await self._set_aside(index.load(rows, uses=uses, aside=aside))
+        held = await asyncio.gather(*(link.held() for link in links))
+        self._sweeper.held_groups, self._sweeper.held_bytes = (sum(column) for column in zip(*held, strict=True))
+        return index
+
+    async def _return(self, state: ShardState, link: Shard) -> None:
+        """A shard is back: first what it has that nobody was told of, then what was known."""
+        assert self._index is not None
+        rows = await self._read_rows(link, self._dispatcher.next_step)
+        known = rows[rows["id"] <= state.known_id]
+        aside = await self._in_log(self._log.aside)
+        await self._set_aside(self._index.return_(state.number, known, await self._uses(known), aside))
+        await self._take_in(state, rows)
+
+    async def _read_rows(self, link: Shard, step: int) -> Rows:
+        """The groups that may still be trained on at ``step``."""
+        oldest = step - max(self._config.max_lag, self._config.max_replay_lag)
+        return await link.rows(oldest_version=max(oldest, 0))
+
+    async def _uses(self, rows: Rows) -> np.ndarray:
+        """How often each row's group was consumed: int64 ``[rows]``."""
+        counted = await self._in_log(lambda: self._log.uses(oldest_id=int(rows["id"].min(initial=1 << 62))))
+        uses = np.zeros(len(rows), dtype=np.int64)
+        at = np.searchsorted(counted[:, 0], rows["id"])
+        found = at < len(counted)
+        found[found] = counted[at[found], 0] == rows["id"][found]
+        uses[found] = counted[at[found], 1]
+        return uses
+
+    async def _take_in(self, state: ShardState, rows: Rows) -> None:
+        assert self._index is not None
+        new = rows[rows["id"] > state.known_id]
+        await self._set_aside(self._index.arrived(new))
+        state.known_id = int(new["id"].max(initial=state.known_id))
+        self._sweeper.appended(new)
+
+    async def _set_aside(self, reasons: dict[int, str]) -> None:
+        if reasons:
+            await self._in_log(lambda: self._log.set_aside(reasons))
+
+    async def _take(self, step: int) -> BatchPlan | None:
         async with self._changed:
             if not self._may_take(step):
                 return None
-            batch = await self._in_store(
-                lambda: self._store.sample(
-                    step=step,
-                    num_fresh=self._dispatcher.limiter.num_fresh,
-                    num_stale=self._num_stale,
-                    max_lag=self._config.max_lag,
-                    max_replay_lag=self._config.max_replay_lag,
-                    seed=self._seed,
-                )
-            )
-            assert batch is not None, "the store has fewer fresh groups than the service counted"
-            self._dispatcher.taken(step, batch.group_ids)
+            assert self._index is not None
+            plan = await self._in_log(self._log.chosen)
+            if plan is None:
+                plan = self._index.draw(step)
+                await self._in_log(lambda: self._log.choose(plan))
+                self._chosen = plan
+                self._changed.notify_all()
+            return plan
+
+    async def _quarantine(self, step: int, problems: Mapping[int, str]) -> None:
+        async with self._changed:
+            plan = await self._in_log(self._log.chosen)
+            if plan is None or plan.step != step:
+                raise ValueError(f"step {step} has no batch to draw anew: it is committed, or was never sampled")
+            damaged = {i: DAMAGED for i in problems if i in plan.group_ids}
+            assert self._index is not None
+            await self._set_aside(damaged)
+            await self._in_log(self._log.drop_choice)
+            self._index.undo(plan, damaged)
+            self._chosen = None
             self._changed.notify_all()
-            return batch
 
     async def _commit(self, step: int, group_ids: tuple[int, ...]) -> None:
         async with self._changed:
-            await self._in_store(lambda: self._store.commit(step=step, group_ids=group_ids))
+            await self._in_log(lambda: self._log.commit(step=step, group_ids=group_ids))
             if step == self._version:
+                assert self._index is not None
+                assert self._chosen is not None
+                self._index.committed(self._chosen)
+                self._chosen = None
                 self._version = step + 1
                 self._changed.notify_all()
 
     def _may_take(self, step: int) -> bool:
         if step != self._version:
             raise ValueError(f"step {step} cannot be sampled: the next step is {self._version}")
-        already_chosen = self._dispatcher.next_step > step
-        return already_chosen or not self._dispatcher.lacking()
+        return not self._lacking()
+
+    def _lacking(self) -> str:
+        """What the learner waits for; empty if it may have its batch."""
+        if self._index is None:
+            return "; ".join(state.trouble for state in self._shards if state.trouble)
+        if self._chosen is not None:
+            away = self._dispatcher.away & self._index.shards_of(self._chosen)
+            return "; ".join(self._shards[shard].trouble for shard in sorted(away))
+        if self._dispatcher.next_step > self._version:
+            return ""  # a window whose choice was undone is drawn anew from what it took
+        return self._dispatcher.lacking()
 
     def _grant(self, worker: str, version: int, count: int) -> Grant:
         if self._draining:
             return Grant(count=0, reason="the run is draining and hands out no more prompts", exhausted=True)
-        if self._learners_waiting and not self._dispatcher.lacking():
+        if self._index is None:
+            return Grant(count=0, reason="the replay store is not complete yet: " + self._lacking())
+        if self._learners_waiting and self._chosen is None and not self._lacking():
             # A lease that was granted now could make the learner wait although its batch is there.
             return Grant(count=0, reason=f"the learner is taking the batch of step {self._dispatcher.next_step}")
-        return self._dispatcher.grant(worker=worker, version=version, count=count)
+        granted = self._dispatcher.grant(worker=worker, version=version, count=count)
+        room = self._sweeper.room(len(self._dispatcher.ledger.live))
+        if granted.count <= room.count:
+            return granted
+        self._make_room()
+        return Grant(count=room.count, reason=room.reason)
+
+    def _make_room(self) -> None:
+        """Let a sweep look at the store, unless one does."""
+        idle = self._sweep is None or self._sweep.done()
+        if self._sweeper.enabled and idle and self._index is not None and not self._closed:
+            self._sweep = asyncio.create_task(self._sweeper.sweep(self._index, lambda: self._chosen))
 
     async def _until(self, holds: Callable[[], bool], timeout_s: float) -> bool:
         """Wait until ``holds()``; False once the time is up or the service is closed."""
@@ -274,7 +435,8 @@ class ReplayService:
             self._expire()
             if holds():
                 return True
-            left_s = min(until - time.monotonic(), self._dispatcher.ledger.next_deadline_s - time.time())
+            deadline_s = self._dispatcher.ledger.next_deadline_s if self._index else float("inf")
+            left_s = min(until - time.monotonic(), deadline_s - time.time())
             if self._closed or time.monotonic() >= until:
                 return False
             with suppress(TimeoutError):
@@ -282,7 +444,7 @@ class ReplayService:
                     await self._changed.wait()
 
     def _expire(self) -> None:
-        if self._dispatcher.ledger.expire(time.time()):
+        if self._index is not None and self._dispatcher.ledger.expire(time.time()):
             self._changed.notify_all()
 
     @contextmanager
@@ -295,30 +457,25 @@ class ReplayService:
         finally:
             del self._waits[mark]
 
-    async def _in_store(self, work: Callable[[], T]) -> T:
+    async def _in_log(self, work: Callable[[], T]) -> T:
+        """Do it in the log's thread; a full disk is waited for."""
+        while True:
+            try:
+                result = await self._ask_log(work)
+            except DiskFull as error:
+                self._trouble = f"{error}; make room, it then goes on by itself"
+                await asyncio.sleep(RETRY_S)
+            else:
+                self._trouble = ""
+                return result
+
+    async def _ask_log(self, work: Callable[[], T]) -> T:
         if self._closed:
-            raise ReplayError(f"replay store {self._store.path} is closed")
+            raise ReplayError(f"replay store {self._log.path} is closed")
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
-def _open(
-    path: Path, limiter: LagLimiter, num_prompts: int, seed: int, resume_step: int | None
-) -> tuple[ReplayStore, Dispatcher]:
-    """The store at the step where the run begins, and what is outstanding there."""
-    with ExitStack() as undo:
-        store = ReplayStore(path)
-        undo.callback(store.close)
-        keys = store.keys()
-        if resume_step is None and keys:
-            raise ValueError(
-                f"replay store {path} holds {len(keys)} groups of an earlier run: resume it, or choose another name"
-            )
-        ledger = PromptLedger(num_prompts=num_prompts, seed=seed, done=keys)
-        store.rewind(resume_step or 0)
-        waiting = store.waiting()
-        # All fit, unless the run goes on with a smaller max_lag or fewer fresh groups per step than it had.
-        kept = limiter.kept(list(waiting.values()), next_step=store.version)
-        late = [i for i, keep in zip(waiting, kept, strict=True) if not keep]
-        store.set_aside(dict.fromkeys(late, LATE))
-        undo.pop_all()
-        return store, Dispatcher(limiter=limiter, ledger=ledger, waiting=store.waiting(), next_step=store.version)
+def _not_empty(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"replay store {path} holds {what} of an earlier run: resume it with --resume, or choose another name"
+    )

@@ -17,7 +17,7 @@ _LIMIT = 100.0
 
 
 class LagDiagnostics:
-    """Additive statistics of tokens, by lag bucket.
+    """Additive statistics of tokens, by lag bucket. They describe the tokens drawn: importance weights are left out.
 
     ``sums`` is float64 ``[buckets, 7]``: count, Σ(u-1)², Σ(ρ-1)², Σρ, Σρ², Σ(ρ-1-log ρ), Σw. All are sums, so those of
     several ranks may be added (all-reduced in place) before `metrics` is called.
@@ -51,7 +51,7 @@ class LagDiagnostics:
     def metrics(self) -> dict[str, float]:
         """Statistics as ``lag/<bucket>/<name>`` of the buckets that hold tokens, and over all tokens ``ratio/<name>``.
 
-        ``tokens``: count. ``second_moment``: mean (u-1)², V. ``ratio_second_moment``: mean (ρ-1)². ``ratio_mean``: mean
+        ``tokens``: count. ``second_moment``: mean (u-1)². ``ratio_second_moment``: mean (ρ-1)². ``ratio_mean``: mean
         ρ, 1 in expectation. ``ess``: normalised effective sample size (Σρ)² / (n·Σρ²), in (0, 1]. ``kl``: mean
         ρ-1-log ρ (the k3 estimator), which on tokens sampled from the behaviour policy estimates
         KL(behaviour ‖ current), in nats per token. ``weight_mean``: mean w.

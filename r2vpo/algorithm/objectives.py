@@ -6,10 +6,13 @@ Legend: every tensor is ``[N]``, the N trained tokens of one micro-batch, flat.
     w = min(exp(logp_prox - behavior_logp), cap)  reweighting of stale tokens, a constant bounded by `weight_cap`
     ρ = exp(logp - behavior_logp)                 ratio; u·w where the bound does not bite
     A                                             group-relative advantage of the token's trajectory
-    V = mean (u - 1)²                             second moment, which the budget δ bounds
+    c                                             importance weight of the draw of the token's group, 1 unless stale
+                                                  groups are drawn with unequal chances
+    V = mean c·(u - 1)²                           second moment, which the budget δ bounds
 
 Every loss is a sum over the tokens given divided by ``num_tokens``, the global count of trained tokens of the whole
-minibatch: the losses of micro-batches and ranks add up to the loss of the minibatch.
+minibatch: the losses of micro-batches and ranks add up to the loss of the minibatch. Each token's share of loss and V
+is multiplied by c, and the count is not: the expectation of both over the draws is that of uniform draws.
 
 **Heavy tails.** float32 overflows at (u - 1)² for log-ratios above 44, so inside the losses a log-ratio is replaced
 by its value clamped to ±`LOG_RATIO_LIMIT` *with the identity as its gradient*. A token beyond the limit gets the
@@ -51,9 +54,12 @@ class TokenBatch:
     """Log-prob under which the token was sampled."""
     advantage_N: Tensor
     """Advantage of the token's trajectory."""
+    draw_weight_N: Tensor | None = None
+    """Importance weight c of the draw of the token's group; None where all are 1."""
 
     def __post_init__(self) -> None:
-        shapes = [t.shape for t in (self.logp_N, self.logp_prox_N, self.behavior_logp_N, self.advantage_N)]
+        tensors = (self.logp_N, self.logp_prox_N, self.behavior_logp_N, self.advantage_N, self.draw_weight_N)
+        shapes = [t.shape for t in tensors if t is not None]
         assert all(s == shapes[0] and len(s) == 1 for s in shapes), f"tensors of a TokenBatch must share [N]: {shapes}"
 
 
@@ -72,10 +78,10 @@ def needs_proximal(trajectory: Trajectory, step: int) -> bool:
 
 
 def r2vpo(tokens: TokenBatch, *, num_tokens: float, lam: float, gated: bool, weight_cap: float) -> Tensor:
-    """Ratio-variance regularised loss, decoupled: ``-(1/num_tokens) Σ (w·u·A - λ·g·(u - 1)²)``, a scalar.
+    """Ratio-variance regularised loss, decoupled: ``-(1/num_tokens) Σ c·(w·u·A - λ·g·(u - 1)²)``, a scalar.
 
-    The gradient weight of a token, d(-loss)/d(logp)·num_tokens, is ``u·(w·A - 2·λ·g·(u - 1))``: a soft brake that is
-    zero at u* = 1 + w·A / (2·λ) and pulls back beyond it. The gate g, a constant, is 1, or with ``gated``
+    The gradient weight of a token, d(-loss)/d(logp)·num_tokens, is ``c·u·(w·A - 2·λ·g·(u - 1))``: a soft brake that
+    is zero at u* = 1 + w·A / (2·λ) and pulls back beyond it. The gate g, a constant, is 1, or with ``gated``
     1[A·(u - 1) > 0]: like a clip it brakes only tokens that move where their advantage pushes them.
 
     Source: the Lagrangian of max E[w·u·A] subject to E[(u - 1)²] ≤ δ, after arXiv 2601.03320 (estimators are our own).
@@ -85,36 +91,36 @@ def r2vpo(tokens: TokenBatch, *, num_tokens: float, lam: float, gated: bool, wei
     penalty_N = excess_N.square()
     if gated:
         penalty_N = penalty_N * (tokens.advantage_N * excess_N.detach() > 0)
-    return _loss(weighted_advantage_N * (1 + excess_N) - lam * penalty_N, num_tokens)
+    return _loss(tokens, weighted_advantage_N * (1 + excess_N) - lam * penalty_N, num_tokens)
 
 
 def grpo_clip(tokens: TokenBatch, *, num_tokens: float, clip_low: float, clip_high: float) -> Tensor:
-    """Clipped loss on the plain ratio: ``-(1/num_tokens) Σ min(ρ·A, clip(ρ, 1 - low, 1 + high)·A)``, a scalar.
+    """Clipped loss on the plain ratio: ``-(1/num_tokens) Σ c·min(ρ·A, clip(ρ, 1 - low, 1 + high)·A)``, a scalar.
 
     Source: GRPO, arXiv 2402.03300, with the token mean over the whole minibatch and without a KL term.
     """
     ratio_N = 1 + torch.expm1(_limited(tokens.logp_N - tokens.behavior_logp_N.detach()))
-    return _loss(_clipped(ratio_N, tokens.advantage_N, clip_low, clip_high), num_tokens)
+    return _loss(tokens, _clipped(ratio_N, tokens.advantage_N, clip_low, clip_high), num_tokens)
 
 
 def grpo_decoupled(
     tokens: TokenBatch, *, num_tokens: float, clip_low: float, clip_high: float, weight_cap: float
 ) -> Tensor:
-    """Clipped loss on the update ratio: ``-(1/num_tokens) Σ w·min(u·A, clip(u, 1 - low, 1 + high)·A)``, a scalar.
+    """Clipped loss on the update ratio: ``-(1/num_tokens) Σ c·w·min(u·A, clip(u, 1 - low, 1 + high)·A)``, a scalar.
 
     Source: decoupled PPO, arXiv 2110.00641, with w bounded by ``weight_cap``.
     """
     clipped_N = _clipped(1 + _update_excess(tokens), tokens.advantage_N, clip_low, clip_high)
-    return _loss(reweighting(tokens, weight_cap) * clipped_N, num_tokens)
+    return _loss(tokens, reweighting(tokens, weight_cap) * clipped_N, num_tokens)
 
 
 def second_moment_sum(tokens: TokenBatch) -> Tensor:
-    """``Σ (u - 1)²``, a detached float64 scalar; over all micro-batches and ranks, divided by N, it is V.
+    """``Σ c·(u - 1)²``, a detached float64 scalar; over all micro-batches and ranks, divided by N, it is V.
 
     Exact for log-ratios up to ±100 and finite for every finite log-prob.
     """
     log_u_N = (tokens.logp_N.detach() - tokens.logp_prox_N.detach()).double()
-    return torch.expm1(log_u_N.clamp(-_MEASURED_LIMIT, _MEASURED_LIMIT)).square().sum()
+    return _weighted(tokens, torch.expm1(log_u_N.clamp(-_MEASURED_LIMIT, _MEASURED_LIMIT)).square()).sum()
 
 
 def objective(config: AlgorithmConfig, *, gated: bool) -> Objective:
@@ -164,6 +170,11 @@ def _clipped(ratio_N: Tensor, advantage_N: Tensor, clip_low: float, clip_high: f
     return torch.minimum(ratio_N * advantage_N, ratio_N.clamp(1 - clip_low, 1 + clip_high) * advantage_N)
 
 
-def _loss(gain_N: Tensor, num_tokens: float) -> Tensor:
+def _loss(tokens: TokenBatch, gain_N: Tensor, num_tokens: float) -> Tensor:
     assert num_tokens > 0, "a minibatch without trained tokens has no loss; skip its optimiser step"
-    return -gain_N.sum() / num_tokens
+    return -_weighted(tokens, gain_N).sum() / num_tokens
+
+
+def _weighted(tokens: TokenBatch, term_N: Tensor) -> Tensor:
+    """``c·term``."""
+    return term_N if tokens.draw_weight_N is None else tokens.draw_weight_N * term_N

@@ -30,6 +30,7 @@ class _Sample:
 
     trajectory: Trajectory
     advantage: float
+    draw_weight: float
     logp_prox_N: Tensor
 
     def tokens(self, logp_N: Tensor) -> TokenBatch:
@@ -38,6 +39,7 @@ class _Sample:
             logp_prox_N=self.logp_prox_N,
             behavior_logp_N=_behavior_logp(self.trajectory).to(logp_N),
             advantage_N=torch.full_like(logp_N, self.advantage),
+            draw_weight_N=torch.full_like(logp_N, self.draw_weight),
         )
 
 
@@ -115,11 +117,16 @@ class ReferenceTrainer:
 
     def _samples(self, batch: SampledBatch, index: int) -> list[_Sample]:
         """The trajectories of one group that train: those with a verdict and at least one sampled token."""
-        group = batch.groups[index].group
-        advantages = group_advantages(group.rewards_G, mode=self._algorithm.advantage)
+        sampled = batch.groups[index]
+        advantages = group_advantages(sampled.group.rewards_G, mode=self._algorithm.advantage)
         return [
-            _Sample(trajectory=t, advantage=float(a), logp_prox_N=self._logp_prox(t, batch.step))
-            for t, a in zip(group.trajectories, advantages, strict=True)
+            _Sample(
+                trajectory=t,
+                advantage=float(a),
+                draw_weight=sampled.weight,
+                logp_prox_N=self._logp_prox(t, batch.step),
+            )
+            for t, a in zip(sampled.group.trajectories, advantages, strict=True)
             if t.outcome.has_reward and t.num_trained_tokens
         ]
 

@@ -7,7 +7,7 @@ error that crossed Ray and a silence all become one sentence, and the remote tra
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -55,9 +55,21 @@ class Component:
         ``ComponentDied`` if its process is gone, ``JobFailed`` if it raises anything but ``passing``, or does not
         answer ``within_s`` seconds (None: however long it takes).
         """
+        call = getattr(self.actor, method).remote(*arguments, **settings)
+        return await self.answer(method, call, within_s=within_s, passing=passing)
+
+    async def answer(
+        self,
+        method: str,
+        call: Awaitable[Any],
+        *,
+        within_s: float | None = ANSWER_S,
+        passing: tuple[type[Exception], ...] = (),
+    ) -> Any:
+        """What a ``call`` of ``method`` that is under way comes to. Errors as in `ask`."""
         try:
             async with asyncio.timeout(within_s):
-                return await getattr(self.actor, method).remote(*arguments, **settings)
+                return await call
         except passing:
             raise
         except RayError as error:  # before TimeoutError: a remote one is both

@@ -124,6 +124,13 @@ class RunConfig:
                 "beginning with a letter or a digit"
             )
         require.between("seed", self.seed, 0, 2**31 - 1)
+        self.replay.check_against(
+            groups_per_step=self.learner.groups_per_step,
+            minibatches=self.learner.minibatches,
+            steps=self.learner.steps,
+            checkpoint_every=self.learner.checkpoint_every,
+            keep_checkpoints=self.learner.keep_checkpoints,
+        )
         if self.num_fresh < self.learner.minibatches:
             raise ValueError(
                 f"learner.minibatches={self.learner.minibatches} exceeds the {self.num_fresh} fresh groups that "
@@ -163,7 +170,8 @@ class RunConfig:
     @property
     def off_policy(self) -> bool:
         """Whether a trained token may be older than the learner's weights."""
-        return self.replay.max_lag > 0 or self.num_stale > 0
+        windowed = self.replay.sample == "window" and self.replay.max_replay_lag > 0
+        return self.replay.max_lag > 0 or self.num_stale > 0 or windowed
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -173,7 +181,7 @@ class RunConfig:
             notes.append(
                 "learner.minibatches=1: V is always 0, so neither λ nor step control acts: plain policy gradient"
             )
-        if self.replay.stale_fraction > 0 and self.num_stale == 0:
+        if self.replay.sample in ("mixed", "priority") and self.replay.stale_fraction > 0 and self.num_stale == 0:
             notes.append(
                 f"replay.stale_fraction={self.replay.stale_fraction} of learner.groups_per_step="
                 f"{self.learner.groups_per_step} rounds to no stale group: nothing is replayed"
@@ -214,11 +222,20 @@ def to_yaml(config: RunConfig) -> str:
     return dump(config)
 
 
-SAME_ON_RESUME = ("seed", "model.path", "task.name", "task.path", "task.eval_path", "task.split", "task.options")
+SAME_ON_RESUME = (
+    "seed",
+    "model.path",
+    "task.name",
+    "task.path",
+    "task.eval_path",
+    "task.split",
+    "task.options",
+    "replay.shards",
+)
 
 
 def check_resumable(old: RunConfig, new: RunConfig) -> None:
-    """Refuse to continue a run as another one: its prompts, seed and model stay. Raises ``ConfigError``."""
+    """Refuse to continue a run as another one: prompts, seed, model and files stay. Raises ``ConfigError``."""
     before, after = dict(leaves(old)), dict(leaves(new))
     for key in SAME_ON_RESUME:
         if before[key] != after[key]:

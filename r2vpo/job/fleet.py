@@ -28,7 +28,7 @@ class Fleet:
     """All rollout workers. They pull: nothing here hands them work."""
 
     def __init__(
-        self, config: RunConfig, cluster: Cluster, *, model_path: str, replay: Component, board: Component, logs: Path
+        self, config: RunConfig, cluster: Cluster, *, model_path: str, replay: ReplayLink, board: Component, logs: Path
     ) -> None:
         self._config = config
         environment = engine_environment(config.rollout, on_gpu=cluster.on_gpu)
@@ -45,8 +45,8 @@ class Fleet:
             "trust_remote_code": config.model.trust_remote_code,
             "on_gpu": cluster.on_gpu,
             "tolerance": TOLERANCE_EXACT if cluster.is_exact(config) else TOLERANCE_HALF,
-            "prompts": ReplayLink(replay),
-            "groups": ReplayLink(replay),
+            "prompts": replay,
+            "groups": replay,
             "weights": WeightLink(board),
         }
         make = RolloutActor.options(**options, runtime_env={"env_vars": environment})

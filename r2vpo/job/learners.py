@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from learner.actor import BoardActor, LearnerActor
 from r2vpo.job.cluster import Cluster
 from r2vpo.job.component import Component, together
 from r2vpo.job.config import RunConfig
-from r2vpo.records import SampledBatch
+from r2vpo.records import BatchSource
 from rollout.tasks.factory import make_task
 
 START_TIMEOUT_S = 600.0
@@ -62,10 +60,9 @@ class Learners:
         manifest, refs = await self._all("publish")
         await self.board.ask("post", manifest, refs)
 
-    async def train_step(self, batch: SampledBatch) -> dict[str, float]:
-        """One learner step; returns its metrics."""
-        # One copy in the object store for all ranks.
-        return await self._all("train_step", ray.put(batch))
+    async def train_step(self, batch: BatchSource) -> dict[str, float]:
+        """One learner step on what every rank fetches for itself; returns its metrics."""
+        return await self._all("train_step", batch)
 
     async def save(self, directory: Path) -> None:
         """Write a checkpoint of the current version below ``directory``."""

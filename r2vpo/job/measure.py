@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,6 +52,11 @@ class StepMeter:
             "replay/fresh_waiting": store["fresh_waiting"],
             "replay/in_flight": store["in_flight"],
             "replay/stale_eligible": store["stale_eligible"],
+            "replay/held_groups": store["held_groups"],
+            "replay/held_bytes": store["held_bytes"],
+            "replay/no_signal": store["no_signal"],
+            **{f"replay/{reason}": count for reason, count in store["unusable"].items()},
+            **{f"replay/uses_{kind}": count for kind, count in store["uses"].items()},
             "rollout/tokens_per_s": tokens / step_s,
             "rollout/trajectories_per_s": trajectories / step_s,
             "rollout/idle_fraction": 1 - busy_s / alive_s if alive_s > 0 else 0.0,
@@ -72,6 +78,19 @@ def outcomes_text(store: Mapping[str, Any]) -> str:
     return ", ".join(f"{count} {outcome}" for outcome, count in store["outcomes"].items() if count) or "none"
 
 
+def stall_text(store: Mapping[str, Any], *, step: int, limit_s: float) -> str:
+    """Why the run ends: the learner has waited ``limit_s`` seconds in vain."""
+    waits = "; ".join([*store["troubles"], *(f"{wait['who']} waits for {wait['what']}" for wait in store["waits"])])
+    return (
+        f"no group to train on for {limit_s:g} s at step {step}: {waits}; trajectories so far: {outcomes_text(store)}"
+    )
+
+
+def _lasting(sentence: str) -> str:
+    """A sentence without the seconds that it counts: the same as long as the same thing is wrong."""
+    return re.sub(r"\b\d+(\.\d+)? s\b", "… s", sentence)
+
+
 def _totals(workers: Sequence[RolloutStats]) -> tuple[int, int, float, float]:
     """Tokens, trajectories, busy and altogether seconds of all workers since they began."""
     return (
@@ -91,6 +110,7 @@ class Alarms:
         self._discarded_steps = 0
         self._was_bad = False
         self._said_saturated = self._said_unscored = False
+        self._troubles: dict[str, str] = {}
 
     def look(self, metrics: Mapping[str, Any]) -> list[str]:
         """Sentences about the step that has just ended.
@@ -100,7 +120,23 @@ class Alarms:
         return [sentence for sentence in (self._saturated(metrics), self._bad(metrics)) if sentence]
 
     def look_at(self, store: Mapping[str, Any]) -> list[str]:
-        """Said once: most groups lack the verdicts that training on them takes. ``store``: its counts."""
+        """Sentences about the store, given what it says of itself."""
+        return [*self._trouble(store), *self._unscored(store)]
+
+    def _trouble(self, store: Mapping[str, Any]) -> list[str]:
+        """Said when it begins and when it is over: something keeps the store from working as it should.
+
+        Shards that are away are left out, since the one who starts them again speaks of them.
+        """
+        away = {shard["trouble"] for shard in store["shards"] if not shard["attached"]}
+        now = {_lasting(sentence): sentence for sentence in store["troubles"] if sentence not in away}
+        begun = [sentence for key, sentence in now.items() if key not in self._troubles]
+        over = [sentence for key, sentence in self._troubles.items() if key not in now]
+        self._troubles = now
+        return [*begun, *(f"it is over: {sentence.partition(';')[0]}" for sentence in over)]
+
+    def _unscored(self, store: Mapping[str, Any]) -> list[str]:
+        """Said once: most groups lack the verdicts that training on them takes."""
         groups, unscored = store["groups"], store["unusable"]["unscored"]
         if self._said_unscored or unscored < UNSCORED_GROUPS or 2 * unscored <= groups:
             return []

@@ -40,7 +40,8 @@ def summarise(
         wall_s: seconds from the command to its end.
         evaluations: by label; ``before`` and ``after`` are reported.
         store: the store's counts: ``version``, ``groups``, ``trajectories``, ``sampled_tokens``, and
-            ``outcomes`` by type.
+            ``outcomes`` by type; where known also ``uses`` by kind, ``no_signal``, ``held_bytes``, ``shards`` and the
+            ``unusable`` groups by reason.
         syncs: every weight load of every worker. Version 0, the initial weights, counts only for the canary.
     """
     trained_tokens = sum(_column(steps, "train/tokens"))
@@ -59,7 +60,10 @@ def summarise(
             "trajectories": store["trajectories"],
             "tokens": store["sampled_tokens"],
         },
-        "replay": {"stale_fraction_trained": _share(sum(_column(steps, "train/stale_tokens")), trained_tokens)},
+        "replay": {
+            "stale_fraction_trained": _share(sum(_column(steps, "train/stale_tokens")), trained_tokens),
+            **_replay(store),
+        },
         "lag": {
             "mean": _weighted(steps, "train/lag_mean", "train/tokens"),
             "max": max(_column(steps, "train/lag_max"), default=None),
@@ -109,6 +113,18 @@ def _evaluation(result: Evaluation | None) -> dict[str, Any]:
         "accuracy": _finite(result.accuracy),
         "greedy": _finite(result.greedy_accuracy),
         "num_prompts": result.num_prompts,
+    }
+
+
+def _replay(store: Metrics) -> dict[str, Any]:
+    """What the store says of itself; null where it was never asked."""
+    unusable, shards = store.get("unusable"), store.get("shards")
+    return {
+        "shards": None if shards is None else len(shards),
+        "uses": store.get("uses"),
+        "no_signal": store.get("no_signal"),
+        "damaged": None if unusable is None else unusable["damaged"],
+        "held_bytes": store.get("held_bytes"),
     }
 
 

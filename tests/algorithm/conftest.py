@@ -34,8 +34,10 @@ def _trajectory(
     )
 
 
-def _batch(groups, *, step=0, stale=()):
-    """A batch of groups (lists of trajectories); ``stale`` holds the indices of the stale ones."""
+def _batch(groups, *, step=0, stale=(), weights=None):
+    """A batch of groups (lists of trajectories); ``stale`` holds the indices of the stale ones, ``weights`` the
+    importance weights of the draws by index.
+    """
     return SampledBatch(
         step=step,
         groups=tuple(
@@ -43,6 +45,7 @@ def _batch(groups, *, step=0, stale=()):
                 group_id=i,
                 kind=Kind.STALE if i in stale else Kind.FRESH,
                 uses=int(i in stale),
+                weight=(weights or {}).get(i, 1.0),
                 group=TrajectoryGroup(key=f"0.{i}", prompt="", truth=None, trajectories=tuple(trajectories)),
             )
             for i, trajectories in enumerate(groups)

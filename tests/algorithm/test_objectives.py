@@ -25,8 +25,8 @@ ALL = {
 }
 
 
-def make_tokens(u, *, w=1.0, advantage=1.0, dtype=torch.float64):
-    """Tokens with the given update ratios, uncapped reweightings and advantages; ``logp_N`` is a leaf."""
+def make_tokens(u, *, w=1.0, advantage=1.0, draw_weight=None, dtype=torch.float64):
+    """Tokens with the given update ratios, uncapped reweightings, advantages and weights; ``logp_N`` is a leaf."""
     u_N = torch.tensor(u, dtype=dtype)
     logp_prox_N = torch.full_like(u_N, -1.5)
     return TokenBatch(
@@ -34,6 +34,7 @@ def make_tokens(u, *, w=1.0, advantage=1.0, dtype=torch.float64):
         logp_prox_N=logp_prox_N,
         behavior_logp_N=logp_prox_N - torch.as_tensor(w, dtype=dtype).expand_as(u_N).log(),
         advantage_N=torch.as_tensor(advantage, dtype=dtype).expand_as(u_N).clone(),
+        draw_weight_N=None if draw_weight is None else torch.as_tensor(draw_weight, dtype=dtype).expand_as(u_N).clone(),
     )
 
 
@@ -222,6 +223,43 @@ def test_the_second_moment_is_that_of_the_update_ratio_and_detached():
     total = second_moment_sum(tokens)  # 0.25 + 0.04 + 0
     assert total.item() == pytest.approx(0.29)
     assert not total.requires_grad
+
+
+def test_a_draw_weight_multiplies_loss_gradient_and_second_moment_but_not_the_count_of_tokens():
+    tokens = make_tokens([1.5, 0.5], w=[1.2, 1.0], advantage=[1.0, -2.0], draw_weight=[3.0, 0.5])
+    # the terms of the first test: 3·1.675 + 0.5·(-1.125) = 4.4625; -(4.4625)/4
+    loss = r2vpo(tokens, num_tokens=4, lam=0.5, gated=False, weight_cap=2.0)
+    assert loss.item() == pytest.approx(-1.115625, abs=1e-12)
+    # 3·0.2625 and 0.5·(-0.1875)
+    torch.testing.assert_close(gain_gradient(loss, tokens), values(0.7875, -0.09375))
+    assert second_moment_sum(tokens).item() == pytest.approx(3 * 0.25 + 0.5 * 0.25)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_group_drawn_once_with_weight_2_is_the_group_drawn_twice(name):
+    u, w, advantage = [0.5, 1.4, 1.1], [1.0, 3.0, 0.4], [1.0, -1.0, 2.0]
+    weighted = make_tokens(u, w=w, advantage=advantage, draw_weight=2.0)
+    plain = make_tokens(u, w=w, advantage=advantage)
+    loss, once = ALL[name](weighted, 6.0, 0.5), ALL[name](plain, 6.0, 0.5)
+    assert loss.item() == pytest.approx(2 * once.item(), abs=1e-15)
+    torch.testing.assert_close(gain_gradient(loss, weighted), 2 * gain_gradient(once, plain))
+    assert second_moment_sum(weighted).item() == pytest.approx(2 * second_moment_sum(plain).item())
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_of_weight_1_are_bit_for_bit_those_without_a_weight(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    u, w = torch.rand(2, 101, generator=generator) * 2 + 0.05
+    advantage = torch.randn(101, generator=generator)
+    both = [
+        make_tokens(u.tolist(), w=w.tolist(), advantage=advantage.tolist(), draw_weight=weight, dtype=dtype)
+        for weight in (None, 1.0)
+    ]
+    losses = [ALL[name](tokens, 101.0, 0.5) for tokens in both]
+    assert losses[0].item() == losses[1].item()
+    assert torch.equal(*(gain_gradient(loss, tokens) for loss, tokens in zip(losses, both, strict=True)))
+    assert second_moment_sum(both[0]).item() == second_moment_sum(both[1]).item()
 
 
 def test_the_second_moment_is_exact_where_float32_overflows():

@@ -232,6 +232,36 @@ def test_a_trajectory_without_verdict_contributes_nothing(make_batch, make_traje
     torch.testing.assert_close(model.table, twin.table, rtol=0, atol=0)
 
 
+def test_a_draw_of_weight_3_moves_the_policy_like_three_draws_of_the_same_group(make_batch, make_trajectory):
+    old = [sample_group(Bigram(seed=g), make_trajectory, [1.0, 0.0], seed=g) for g in (8, 9)]
+    losses, tables = [], []
+    # Three copies among four groups have the same sums; the count of tokens is 4/2 times that of two groups.
+    for groups, weights in (([old[0], old[1]], {1: 3.0}), ([old[0], old[1], old[1], old[1]], None)):
+        model = Bigram()
+        batch = make_batch(groups, step=3, stale=range(len(groups)), weights=weights)
+        result = make_trainer(model, off_policy=True, betas=(0.0, 0.0), eps=1e6, grad_clip=1e9, lr=1e6).step(batch)
+        losses.append(result["loss"])
+        tables.append(model.table.detach() - Bigram().table.detach())
+    assert losses[0] == pytest.approx(2 * losses[1], rel=1e-5)
+    torch.testing.assert_close(tables[0], 2 * tables[1], rtol=1e-4, atol=1e-6)
+    assert tables[1].abs().max() > 0.01
+
+
+def test_the_budget_counts_a_group_by_the_weight_of_its_draw(make_batch, make_trajectory):
+    # Two minibatches of one group each; the second is measured after one optimiser step.
+    groups = [sample_group(Bigram(), make_trajectory, [1.0, 0.0], seed=g) for g in range(2)]
+
+    def second_moments(weight):
+        batch = make_batch(groups, step=1, stale={0, 1}, weights={0: weight, 1: weight})
+        trainer = make_trainer(Bigram(), minibatches=2, off_policy=True, eps=1e-12, grad_clip=1e9)
+        return trainer.step(batch)["second_moments"]
+
+    # Adam's first step does not depend on the length of the gradient, so that u is the same: V is 2.5 times as large.
+    plain, weighted = second_moments(1.0), second_moments(2.5)
+    assert plain[0] == weighted[0] == 0.0
+    assert weighted[1] == pytest.approx(2.5 * plain[1], rel=1e-4)
+
+
 def test_a_truncated_trajectory_trains(make_batch, make_trajectory):
     model = Bigram()
     cut = make_trajectory([1, 2], logprob=model.logprobs([0, 1, 2]), reward=0.0, outcome=Outcome.TRUNCATED)

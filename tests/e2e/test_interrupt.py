@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from replay.service import SHARD
-from replay.store import ReplayStore
+from replay.reader import StoreReader
+from replay.schema import CONSUMPTION_FILE
 from tests.e2e.runs import COMMAND, CONFIG, REPOSITORY
 
 pytestmark = pytest.mark.engine
@@ -65,8 +65,7 @@ def test_an_interrupted_run_leaves_no_process_and_a_clean_store(phase: str, numb
         time.sleep(0.1)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "interrupted"
-    if (tmp_path / "run" / "replay" / SHARD).exists():
-        store = ReplayStore.read_only(tmp_path / "run" / "replay" / SHARD)
-        assert store.verify() == []
-        assert store.version == summary["steps"]
-        store.close()
+    if (tmp_path / "run" / "replay" / CONSUMPTION_FILE).exists():
+        with StoreReader(tmp_path / "run" / "replay") as store:
+            assert list(store.verify()) == []
+            assert store.version == summary["steps"]

@@ -1,18 +1,23 @@
-"""A process is killed in the middle of a run: one sentence names it, nothing remains, and ``--resume`` goes on."""
+"""A process is killed in the middle of a run. A replay shard is started again; any other ends the run: one sentence
+names it, nothing remains, and ``--resume`` goes on.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+from replay.reader import StoreReader
+from replay.rows import by_shard
 from tests.faults.victims import Run
 
 pytestmark = [pytest.mark.engine, pytest.mark.faults]
 STEPS = 14
-SHORT = ("task.eval_prompts=64", f"learner.steps={STEPS}", "learner.checkpoint_every=2")
+SHORT = ("task.eval_prompts=64", f"learner.steps={STEPS}", "learner.checkpoint_every=2", "replay.shards=2")
 SENTENCES = {
     "ray::LearnerRank": "learner-0 died: its process was killed or crashed",
     "ray::RolloutActor": "rollout-0 died: its process was killed or crashed",
@@ -64,6 +69,30 @@ def test_a_killed_component_ends_the_run_with_its_name_and_the_run_goes_on_later
     # The store may be a step ahead: that step was committed, and its metrics were still to come.
     assert run.check_store() - len(run.steps()) in (0, 1)
     check_continuation(run, tmp_path)
+
+
+def test_killed_shards_are_started_again_on_their_files_and_the_run_finishes(tmp_path: Path):
+    run = Run(tmp_path, *SHORT, "learner.steps=24")
+    for steps in (3, 10):
+        run.await_steps(steps)
+        run.await_processes("ray::ShardHost", 2)
+        run.kill("ray::ShardHost", one_of=2)
+    code, output = run.end()
+    assert code == 0, output
+    assert "Traceback" not in output
+    died = re.findall(
+        r"^note: (replay shard [01]) died; restarting it on its file \([12] of 3 within 10 min\)$", output, re.M
+    )
+    assert len(died) == 2, output
+    assert re.findall(r"^note: (replay shard [01]) is back after", output, re.M) == died
+    assert run.steps() == list(range(24))
+    assert run.check_store() == 24
+    assert run.summary()["status"] == "finished"
+    with StoreReader(run.folder / "replay") as store:
+        ids = [sampled.group_id for step in range(24) for sampled in store.batch(step).groups]
+        assert store.stats().groups >= run.metrics()[-1]["replay/groups"]
+    assert len(ids) == sum(metrics["train/groups"] for metrics in run.metrics())
+    assert set(by_shard(ids, 2)) == {0, 1}
 
 
 @pytest.mark.slow

@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from replay.service import SHARD
-from replay.store import ReplayStore
+from replay.reader import StoreReader
 from tests.e2e.runs import COMMAND, CONFIG, REPOSITORY
 
 GONE_S = 20.0
@@ -36,7 +36,7 @@ class Run:
             start_new_session=True,
         )
         self.family: list[psutil.Process] = []
-        """All its processes, as of the last ``await_steps``."""
+        """All its processes, as of the last ``await_…``."""
 
     def await_steps(self, count: int) -> None:
         """Return once ``count`` learner steps are recorded."""
@@ -45,14 +45,33 @@ class Run:
             assert self._process.poll() is None, self._process.communicate()[0]
             assert time.monotonic() < until_s, f"no {count} steps within {START_S:g} s"
             time.sleep(0.02)
+        self._look()
+
+    def await_processes(self, title: str, count: int) -> None:
+        """Return once so many processes have this title."""
+        until_s = time.monotonic() + START_S
+        while len(self._titled(title)) != count:
+            assert time.monotonic() < until_s, [p.cmdline() for p in self.family]
+            time.sleep(0.1)
+            self._look()
+
+    def kill(self, title: str, *, one_of: int = 1) -> None:
+        """SIGKILL to the process with this title, the first of so many; ``driver`` is the command itself."""
+        victims = self._titled(title) if title != "driver" else self.family[:1]
+        assert len(victims) == one_of, [p.cmdline() for p in self.family]
+        victims[0].kill()
+
+    def _look(self) -> None:
         driver = psutil.Process(self._process.pid)
         self.family = [driver, *driver.children(recursive=True)]
 
-    def kill(self, title: str) -> None:
-        """SIGKILL to the process with this title; ``driver`` is the command itself."""
-        victims = [p for p in self.family if title in " ".join(p.cmdline())] if title != "driver" else self.family[:1]
-        assert len(victims) == 1, [p.cmdline() for p in self.family]
-        victims[0].kill()
+    def _titled(self, title: str) -> list[psutil.Process]:
+        def is_titled(process: psutil.Process) -> bool:
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                return title in " ".join(process.cmdline())
+            return False
+
+        return [process for process in self.family if is_titled(process)]
 
     def interrupt(self) -> None:
         """Ctrl-C."""
@@ -67,11 +86,15 @@ class Run:
             time.sleep(0.1)
         return self._process.returncode, output
 
-    def steps(self) -> list[int]:
-        """The numbers of the steps in metrics.jsonl."""
+    def metrics(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl holds."""
         metrics = self.folder / "metrics.jsonl"
         lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
-        return [json.loads(line)["step"] for line in lines]
+        return [json.loads(line) for line in lines]
+
+    def steps(self) -> list[int]:
+        """The numbers of the steps in metrics.jsonl."""
+        return [metrics["step"] for metrics in self.metrics()]
 
     def summary(self) -> dict[str, Any]:
         """What summary.json holds."""
@@ -79,9 +102,6 @@ class Run:
 
     def check_store(self) -> int:
         """The store's version, once everything in it has been read and found sound."""
-        store = ReplayStore.read_only(self.folder / "replay" / SHARD)
-        try:
-            assert store.verify() == []
+        with StoreReader(self.folder / "replay") as store:
+            assert list(store.verify()) == []
             return store.version
-        finally:
-            store.close()

@@ -1,13 +1,11 @@
 """Failures of actors as sentences. The actors are fakes that raise what Ray raises; nothing here starts Ray."""
 
 import asyncio
-from pathlib import Path
 
 import pytest
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError
 
 from r2vpo.job.component import (
-    Component,
     ComponentDied,
     JobFailed,
     cancelled,
@@ -17,42 +15,7 @@ from r2vpo.job.component import (
     until_stop,
     while_all_live,
 )
-from r2vpo.job.links import ReplayLink, WeightLink
-from r2vpo.records import Canary, WeightManifest
-
-LOG = Path("logs/learner-0.log")
-
-
-def remote(cause: Exception) -> RayTaskError:
-    """``cause`` as it arrives from another process."""
-    error = RayTaskError("step", "Traceback (most recent call last): …", cause, proctitle="p", pid=1, ip="127.0.0.1")
-    return error.as_instanceof_cause()
-
-
-class Method:
-    def __init__(self, answer) -> None:
-        self.answer = answer
-
-    async def remote(self, *arguments, **settings):
-        if isinstance(self.answer, BaseException):
-            raise self.answer
-        if isinstance(self.answer, asyncio.Event):
-            await self.answer.wait()
-        return self.answer
-
-
-class Actor:
-    """Answers every method with what it was given: an error is raised, an event waited for."""
-
-    def __init__(self, answer) -> None:
-        self.answer = answer
-
-    def __getattr__(self, name: str) -> Method:
-        return Method(self.answer)
-
-
-def component(answer, name: str = "learner-0", log: Path | None = LOG) -> Component:
-    return Component(name=name, actor=Actor(answer), log=log)
+from tests.job.fakes import component, remote
 
 
 async def test_an_answer_passes_through():
@@ -198,23 +161,3 @@ async def test_cancelling_looks_at_errors_that_nobody_has_seen():
 def test_an_error_without_words_is_called_by_its_type():
     assert plain_message(TimeoutError()) == "TimeoutError"
     assert plain_message(OSError("first\nsecond")) == "first"
-
-
-async def test_a_worker_hears_that_it_is_the_store_that_died():
-    link = ReplayLink(component(ActorDiedError(), "replay store", None))
-    for call in (
-        link.lease(worker="rollout-0", version=0, count=1, timeout_s=1),
-        link.release(worker="rollout-0", keys=()),
-        link.append(None),  # type: ignore[arg-type]
-    ):
-        with pytest.raises(ComponentDied, match=r"^replay store died"):
-            await call
-
-
-async def test_superseded_weights_stay_a_lookup_error_and_lost_ones_are_no_fault_of_the_board():
-    manifest = WeightManifest(version=3, buckets=(), canary=Canary(token_ids=(1,), logprobs=()))
-    with pytest.raises(LookupError):
-        await WeightLink(component(remote(LookupError(3)), "weight board", None)).fetch(manifest)
-    lost = [Method(ActorDiedError()).remote()]
-    with pytest.raises(JobFailed, match=r"^version 3 of the learner's weights is lost"):
-        await WeightLink(component(lost, "weight board", None)).fetch(manifest)

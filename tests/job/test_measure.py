@@ -2,10 +2,30 @@ import pytest
 
 from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.job import measure
-from r2vpo.job.measure import DISCARDED_STEPS, SATURATED_STEPS, UNSCORED_GROUPS, Alarms, StepMeter, outcomes_text
+from r2vpo.job.measure import (
+    DISCARDED_STEPS,
+    SATURATED_STEPS,
+    UNSCORED_GROUPS,
+    Alarms,
+    StepMeter,
+    outcomes_text,
+    stall_text,
+)
 from r2vpo.records import RolloutStats, SyncRecord
 
-STORE = {"groups": 40, "fresh_waiting": 8, "in_flight": 4, "stale_eligible": 16}
+STORE = {
+    "groups": 40,
+    "fresh_waiting": 8,
+    "in_flight": 4,
+    "stale_eligible": 16,
+    "held_groups": 36,
+    "held_bytes": 3600,
+    "no_signal": 5,
+    "unusable": {"unscored": 1, "late": 2, "ahead": 0, "damaged": 3},
+    "uses": {"fresh": 24, "stale": 12},
+    "shards": [{"shard": 0, "attached": True, "trouble": ""}],
+    "troubles": [],
+}
 GOOD = {"step": 0, "learner/bad_steps": 0.0, "step/lr": 1e-3, "dual/saturated": 0.0}
 HALF_BAD = GOOD | {"learner/bad_steps": 2.0}
 ALL_BAD = {"step": 0, "learner/bad_steps": 4.0, "dual/saturated": 0.0}
@@ -59,6 +79,8 @@ def test_a_step_counts_what_the_workers_did_during_it_and_nothing_before(clock):
     assert metrics["sync/count"] == 3
     assert metrics["sync/pause_s"] == 0.25
     assert metrics["sync/canary_gap"] == 2e-6
+    assert (metrics["replay/no_signal"], metrics["replay/damaged"], metrics["replay/uses_stale"]) == (5, 3, 12)
+    assert (metrics["replay/held_groups"], metrics["replay/held_bytes"]) == (36, 3600)
     clock.now_s = 133.0
     metrics = meter.measure(step=1, wait_s=0.0, store=STORE, workers=[stats(1450, 6.5, 23.0)])
     assert (metrics["time/step_s"], metrics["rollout/tokens_per_s"]) == (1.0, 50.0)
@@ -95,7 +117,7 @@ def test_a_majority_of_groups_without_verdicts_is_told_once_with_what_became_of_
 
     def store(groups: int, unscored: int) -> dict:
         outcomes = {"scored": 8 * (groups - unscored), "truncated": 0, "error": 8 * unscored}
-        return {"groups": groups, "unusable": {"unscored": unscored, "late": 0}, "outcomes": outcomes}
+        return STORE | {"groups": groups, "unusable": {"unscored": unscored, "late": 0}, "outcomes": outcomes}
 
     assert alarms.look_at(store(UNSCORED_GROUPS - 1, UNSCORED_GROUPS - 1)) == []
     assert alarms.look_at(store(40, 20)) == []
@@ -104,6 +126,47 @@ def test_a_majority_of_groups_without_verdicts_is_told_once_with_what_became_of_
     assert "(trajectories: 152 scored, 168 error)" in sentence
     assert alarms.look_at(store(80, 80)) == []
     assert outcomes_text({"outcomes": {"scored": 0}}) == "none"
+
+
+def test_a_trouble_of_the_store_is_told_when_it_begins_and_when_it_is_over():
+    alarms = Alarms(AlgorithmConfig())
+    first, second = "shard-001 is full; make room", "shard-002 is full; make room"
+
+    def look(*troubles: str) -> list[str]:
+        return alarms.look_at(STORE | {"troubles": list(troubles)})
+
+    assert look() == []
+    assert look(first) == [first]
+    assert look(first) == []
+    assert look(first, second) == [second]
+    assert look(second) == ["it is over: shard-001 is full"]
+    assert look() == ["it is over: shard-002 is full"]
+    assert look(first) == [first]
+
+
+def test_a_stalled_run_ends_with_what_ails_the_store_and_who_waits_for_what():
+    waits = [{"who": "learner", "what": "2 more groups", "since_s": 0.0}]
+    store = STORE | {"troubles": ["shard-001 is full"], "waits": waits, "outcomes": {"scored": 4}}
+    assert stall_text(store, step=7, limit_s=600.0) == (
+        "no group to train on for 600 s at step 7: shard-001 is full; learner waits for 2 more groups; "
+        "trajectories so far: 4 scored"
+    )
+
+
+def test_a_trouble_that_counts_its_seconds_is_the_same_one_all_along():
+    alarms = Alarms(AlgorithmConfig())
+    slow = [STORE | {"troubles": [f"shard-001: a write has taken {seconds} s so far"]} for seconds in (5, 10, 15)]
+    assert [len(alarms.look_at(store)) for store in slow] == [1, 0, 0]
+    assert alarms.look_at(STORE) == ["it is over: shard-001: a write has taken 15 s so far"]
+
+
+def test_a_shard_that_is_away_is_spoken_of_by_the_one_who_starts_it_again():
+    alarms = Alarms(AlgorithmConfig())
+    away = STORE | {
+        "shards": [{"shard": 0, "attached": False, "trouble": "shard 0 is gone"}],
+        "troubles": ["shard 0 is gone", "the log's disk is full"],
+    }
+    assert alarms.look_at(away) == ["the log's disk is full"]
 
 
 def test_a_multiplier_at_its_ceiling_is_told_once_after_a_while():

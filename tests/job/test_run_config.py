@@ -169,6 +169,9 @@ def test_off_policy_means_lag_or_stale_groups(load):
     assert load("", "replay.max_lag=0").off_policy
     assert load("", "replay.stale_fraction=0").off_policy
     assert not load("", "replay.max_lag=0", "replay.stale_fraction=0").off_policy
+    assert not load("", "replay.max_lag=0", "replay.sample=fresh").off_policy
+    # a window draws old groups also where it takes as many new ones per step as it trains on
+    assert load("", "replay.max_lag=0", "replay.sample=window", "replay.samples_per_insert=1").off_policy
 
 
 def test_settings_that_do_less_than_one_thinks_are_noted(load):
@@ -186,7 +189,11 @@ def test_settings_that_do_less_than_one_thinks_are_noted(load):
 def test_a_run_is_continued_only_with_its_own_prompts_seed_and_model(load):
     old = load("", "name=old")
     check_resumable(old, load("", "learner.steps=500", "learner.lr=1e-3", "rollout.workers=3"))
-    for override, part in [("seed=1", "seed=1, but run old was started with seed=0"), ("model.path=n", "model.path=n")]:
+    for override, part in [
+        ("seed=1", "seed=1, but run old was started with seed=0"),
+        ("model.path=n", "model.path=n"),
+        ("replay.shards=2", "replay.shards=2, but run old was started with replay.shards=1"),
+    ]:
         with pytest.raises(ConfigError, match=part):
             check_resumable(old, load("", override))
 

@@ -18,6 +18,11 @@ STORE = {
     "sampled_tokens": 1200,
     "outcomes": {"scored": 78, "truncated": 2, "no_verdict": 0, "timeout": 0, "error": 0},
     "fresh_waiting": 3,
+    "uses": {"fresh": 8, "stale": 4},
+    "no_signal": 1,
+    "unusable": {"unscored": 1, "late": 0, "ahead": 0, "damaged": 2},
+    "held_bytes": 4096,
+    "shards": [{"shard": 0}, {"shard": 1}],
 }
 STEPS = [
     {
@@ -74,7 +79,14 @@ def test_the_summary_redone_by_hand(config):
             "after": {"accuracy": 0.7, "greedy": 0.8, "num_prompts": 511},
         },
         "rollouts": {"groups": 10, "trajectories": 80, "tokens": 1200},
-        "replay": {"stale_fraction_trained": 100 / 400},
+        "replay": {
+            "stale_fraction_trained": 100 / 400,
+            "shards": 2,
+            "uses": {"fresh": 8, "stale": 4},
+            "no_signal": 1,
+            "damaged": 2,
+            "held_bytes": 4096,
+        },
         "lag": {"mean": (0 * 100 + 2 * 300) / 400, "max": 5},
         "sync": {"count": 2, "pause_s_p50": 0.03, "pause_s_max": 0.04, "canary_gap_max": 5e-6},
         "dual": {"lambda": 0.6, "second_moment": 0.02, "second_moment_max": 0.02},
@@ -102,6 +114,7 @@ def test_a_run_that_ended_before_its_first_step_has_a_summary(config):
     assert summary["eval"]["before"]["accuracy"] is None
     assert summary["sync"] == {"count": 0, "pause_s_p50": None, "pause_s_max": None, "canary_gap_max": None}
     assert summary["dual"]["lambda"] is None
+    assert set(summary["replay"].values()) == {None}
     assert summary["throughput"]["tokens_per_s"] is None
 
 

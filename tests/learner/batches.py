@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +28,20 @@ def trajectory(response, *, prompt=(1, 2), reward: float | None = 0.0, version: 
     )
 
 
-def batch(groups: Sequence[Sequence[Trajectory]], *, step: int = 0, stale: Sequence[int] = ()) -> SampledBatch:
-    """A batch of groups; ``stale`` holds the indices of the stale ones."""
+def batch(
+    groups: Sequence[Sequence[Trajectory]],
+    *,
+    step: int = 0,
+    stale: Sequence[int] = (),
+    weights: Mapping[int, float] | None = None,
+) -> SampledBatch:
+    """A batch of groups; ``stale`` holds the indices of the stale ones, ``weights`` those of draws other than 1."""
     sampled = [
         SampledGroup(
             group_id=i,
             kind=Kind.STALE if i in stale else Kind.FRESH,
             uses=int(i in stale),
+            weight=(weights or {}).get(i, 1.0),
             group=TrajectoryGroup(key=f"0.{i}", prompt="", truth=None, trajectories=tuple(members)),
         )
         for i, members in enumerate(groups)
@@ -43,12 +50,20 @@ def batch(groups: Sequence[Sequence[Trajectory]], *, step: int = 0, stale: Seque
 
 
 def sampled_batches(
-    directory: Path, *, steps: int, groups: int = 6, group_size: int = 4, max_response: int = 8, missing: bool = True
+    directory: Path,
+    *,
+    steps: int,
+    groups: int = 6,
+    group_size: int = 4,
+    max_response: int = 8,
+    missing: bool = True,
+    weighted: bool = False,
 ) -> list[SampledBatch]:
     """Batches of consecutive steps from 0: from step 2 on, half of the groups are stale and responses span versions.
 
     Behaviour log-probs are those of the model in ``directory`` (made there if it is not) with some noise, so that
-    ratios differ from 1 and stay moderate. One trajectory in eight has no verdict, if ``missing``.
+    ratios differ from 1 and stay moderate. One trajectory in eight has no verdict, if ``missing``. Draws of stale
+    groups have weights between 1/4 and 4, if ``weighted``.
     """
     if not (directory / "config.json").exists():
         make_model(directory)
@@ -76,5 +91,6 @@ def sampled_batches(
         for g in range(groups):
             prompt = rng.integers(0, VOCABULARY, rng.integers(1, 5)).tolist()
             rows.append([member(step, prompt, g in stale) for _ in range(group_size)])
-        batches.append(batch(rows, step=step, stale=stale))
+        weights = {g: float(4 ** rng.uniform(-1, 1)) for g in stale} if weighted else None
+        batches.append(batch(rows, step=step, stale=stale, weights=weights))
     return batches

@@ -81,7 +81,7 @@ def reference(directory: Path, **settings):
     """Losses, V, λ, s and parameters against the reference trainer, over four steps, the last two with stale groups."""
     algorithm = AlgorithmConfig(name=settings.pop("name", "r2vpo"))
     model_path = directory / "model"
-    batches = sampled_batches(model_path, steps=4)
+    batches = sampled_batches(model_path, steps=4, weighted=settings.pop("weighted", False))
     trainer = make_trainer(model_path, algorithm=algorithm, **settings)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     other = ReferenceTrainer(
@@ -313,6 +313,10 @@ def message(trainer: LearnerTrainer, b: SampledBatch) -> str:
 SCENARIOS = {
     **{f"reference-{name}": (reference, {"name": name}) for name in ("r2vpo", "grpo", "grpo_decoupled")},
     **{f"reference-zero{stage}": (reference, {"zero_stage": stage}) for stage in (1, 2, 3)},
+    **{
+        f"reference-weighted-{name}": (reference, {"name": name, "weighted": True})
+        for name in ("r2vpo", "grpo", "grpo_decoupled")
+    },
     **{f"trained-zero{stage}": (trained, {"zero_stage": stage}) for stage in (0, 1, 2, 3)},
     **{
         f"trained-one-by-one-zero{stage}": (trained, {"zero_stage": stage, "micro_batch_tokens": 1}) for stage in (0, 3)

@@ -7,7 +7,18 @@ from learner.checkpoint import newest
 from learner.config import LearnerConfig
 from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.checksum import verify_bucket
+from r2vpo.records import SampledBatch
 from tests.learner.batches import sampled_batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Fetched:
+    """BatchSource of a batch that is here already."""
+
+    batch: SampledBatch
+
+    def fetch(self) -> SampledBatch:
+        return self.batch
 
 
 @pytest.mark.engine
@@ -41,10 +52,11 @@ def test_two_ranks_train_publish_and_save_as_ray_actors(tmp_path):
 
         board = BoardActor.remote()
         waiting = board.newest.remote(0, 120.0)
-        steps = [rank.train_step.remote(batches[0]) for rank in ranks]
+        steps = [rank.train_step.remote(Fetched(batches[0])) for rank in ranks]
         assert ray.get(ranks[0].ping.remote())["rank"] == 0  # answers beside the step
         metrics = ray.get(steps)
         assert metrics[0]["step/loss"] == metrics[1]["step/loss"]
+        assert "time/fetch_s" in metrics[0]
         published = ray.get([rank.publish.remote() for rank in ranks])
         assert published[1] is None
         manifest, references = published[0]

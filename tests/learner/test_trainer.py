@@ -88,7 +88,8 @@ def assert_alike(first, second, *, tolerance):
         np.testing.assert_allclose(first[name], second[name], rtol=0, atol=tolerance, err_msg=name)
 
 
-REFERENCES = ["r2vpo", "grpo", "grpo_decoupled", "zero1", "zero2", "zero3"]
+OBJECTIVES = ["r2vpo", "grpo", "grpo_decoupled"]
+REFERENCES = [*OBJECTIVES, "zero1", "zero2", "zero3", *(f"weighted-{name}" for name in OBJECTIVES)]
 
 
 @pytest.mark.parametrize("case", REFERENCES)

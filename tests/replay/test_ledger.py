@@ -9,7 +9,12 @@ from replay.ledger import PromptLedger
 
 
 def make_ledger(num_prompts=4, done=(), seed=3):
-    return PromptLedger(num_prompts=num_prompts, seed=seed, done=done)
+    index_of_epoch = {}
+    for key in done:
+        epoch, index = map(int, key.split("."))
+        index_of_epoch.setdefault(epoch, []).append(index)
+    done_N = {epoch: np.array(indices, dtype=np.int64) for epoch, indices in index_of_epoch.items()}
+    return PromptLedger(num_prompts=num_prompts, seed=seed, done=done_N)
 
 
 def take(ledger, count=1, *, worker="r0", now_s=0.0):

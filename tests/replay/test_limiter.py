@@ -1,13 +1,15 @@
 from itertools import permutations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replay.dispatcher import Dispatcher
 from replay.ledger import PromptLedger
-from replay.limiter import LagLimiter
-from tests.replay.replay_groups import make_group, unscored_group
+from replay.limiter import Grant, LagLimiter, ReuseLimit
+from replay.rows import ROW
+from replay.serialize import parse_key
 
 # The example of the module's docstring: F = 2, max_lag = 1, step 5; one group of version 4, two leases of version 5.
 EXAMPLE = LagLimiter(max_lag=1, num_fresh=2, steps=100)
@@ -122,6 +124,15 @@ def test_kept_is_feasible_and_leaves_nothing_out_that_would_fit(outstanding, max
         assert keep or not limiter.feasible([*kept, version], next_step=next_step)
 
 
+def make_rows(*groups):
+    """Rows from (id, key, oldest version, newest version)."""
+    rows = np.zeros(len(groups), dtype=ROW)
+    for row, (group_id, key, oldest, newest) in zip(rows, groups, strict=True):
+        row["id"], row["oldest_version"], row["newest_version"] = group_id, oldest, newest
+        row["epoch"], row["prompt_index"] = parse_key(key)
+    return rows
+
+
 class Run:
     """A whole run without disk, engine or event loop: workers, a learner, and the dispatcher between them."""
 
@@ -152,20 +163,20 @@ class Run:
         self.generating.remove(lease)
         if lease.key in self.in_store:
             return
-        make = make_group if scored else unscored_group
-        group = make(lease.key, version=oldest)
-        unusable = self.desk.unusable([group])
+        group_id = len(self.oldest)
+        rows = make_rows((group_id, lease.key, oldest, oldest))
+        unusable = self.desk.unusable(rows, [scored])
         if lease.key in self.desk.ledger.live and self.desk.ledger.live[lease.key].lease is lease:
             assert not unusable, "a group under a live lease always fits"
         self.in_store.add(lease.key)
-        self.oldest[len(self.oldest)] = oldest
-        self.desk.appended(group, len(self.oldest) - 1, usable=scored and not unusable)
+        self.oldest[group_id] = oldest
+        self.desk.appended(rows[0], waits=scored and not unusable)
 
     def try_sample(self):
         if self.training or self.version == self.desk.limiter.steps or self.desk.lacking():
             return False
-        by_due = sorted(self.desk.waiting, key=lambda i: (self.oldest[i], i))
-        batch = by_due[: self.desk.limiter.num_fresh]
+        batch = self.desk.earliest_due()
+        assert batch == sorted(self.desk.waiting, key=lambda i: (self.oldest[i], i))[: len(batch)]
         assert len(batch) == self.desk.limiter.num_fresh
         for group_id in batch:
             assert 0 <= self.version - self.oldest[group_id] <= self.desk.limiter.max_lag
@@ -252,10 +263,59 @@ def test_a_group_that_comes_too_late_is_told_from_one_that_still_fits():
     run.desk.ledger.expire(1.0)
     run.lease("r0", 2)  # the same two prompts, leased again
     assert [lease.key for lease in run.generating] == [late.key, later.key] * 2
-    assert run.desk.unusable([make_group(late.key)]) == {}  # takes the place of the second lease
-    assert run.desk.unusable([make_group("0.9")]) == {"0.9": "late"}  # steps 0 and 1 are full
-    assert run.desk.unusable([make_group(late.key, version=0, newest=1)]) == {late.key: "ahead"}
+
+    def unusable(*groups, fresh=True):
+        return run.desk.unusable(make_rows(*groups), [fresh] * len(groups))
+
+    assert unusable((1, late.key, 0, 0)) == {}  # takes the place of the second lease
+    assert unusable((1, "0.9", 0, 0)) == {1: "late"}  # steps 0 and 1 are full
+    assert unusable((1, "0.9", 0, 0), fresh=False) == {}  # it would not train as a fresh one anyway
+    assert unusable((1, late.key, 0, 1)) == {1: "ahead"}
     run.desk.ledger.expire(1.0)
-    strangers = [make_group(f"7.{i}") for i in range(3)]
-    assert run.desk.unusable(strangers) == {"7.2": "late"}  # each takes room from those behind it
-    assert run.desk.unusable([unscored_group("7.3"), *strangers[:2]]) == {}
+    strangers = [(i, f"7.{i}", 0, 0) for i in range(3)]
+    assert unusable(*strangers) == {2: "late"}  # each takes room from those behind it
+
+
+def stale_allowed(samples_per_insert, wanted=8, *, draws=0, inserts=0, num_fresh=8):
+    limit = ReuseLimit(samples_per_insert=samples_per_insert)
+    return limit.stale_allowed(wanted, draws=draws, inserts=inserts, num_fresh=num_fresh)
+
+
+def test_reuse_without_a_bound_allows_all_that_is_wanted():
+    assert stale_allowed(None, 10**6) == Grant(count=10**6)
+
+
+def test_the_worked_example_of_reuse_holds_back_what_it_says():
+    first = stale_allowed(1.5)
+    assert first.count == 4
+    assert first.reason == (
+        "8 draws of 8 groups leave 4 of 8 stale draws: more would exceed replay.samples_per_insert=1.5"
+    )
+    assert stale_allowed(1.5, draws=8 + 2, inserts=8).count == 6
+
+
+def test_reuse_counts_a_whole_product_as_whole():
+    assert stale_allowed(1.1, 9, draws=99, inserts=90, num_fresh=10).count == 1  # 1.1 * 100 is 110.00000000000001
+    assert stale_allowed(1.15, 99, draws=85, inserts=85, num_fresh=15).count == 15  # 1.15 * 100 is 114.99999999999999
+
+
+def test_a_run_that_has_replayed_too_much_still_takes_its_fresh_groups():
+    assert stale_allowed(1.0, draws=1000, inserts=10).count == 0
+
+
+@settings(deadline=None)
+@given(
+    samples_per_insert=st.floats(1.0, 5.0),
+    num_fresh=st.integers(1, 5),
+    wanted=st.lists(st.integers(0, 20), min_size=1, max_size=20),
+)
+def test_reuse_never_exceeds_its_bound_and_holds_nothing_back_without_need(samples_per_insert, num_fresh, wanted):
+    draws = inserts = 0
+    for count in wanted:
+        allowed = stale_allowed(samples_per_insert, count, draws=draws, inserts=inserts, num_fresh=num_fresh)
+        inserts += num_fresh
+        draws += num_fresh + allowed.count
+        assert draws <= samples_per_insert * inserts + 1e-6
+        if allowed.count < count:
+            assert draws + 1 > samples_per_insert * inserts + 1e-6
+            assert allowed.reason

@@ -1,15 +1,17 @@
 import asyncio
 import random
 import threading
-from collections import Counter
 
 import pytest
 
 from r2vpo.records import Kind
 from replay.config import ReplayConfig
-from replay.errors import ReplayError
-from replay.service import SHARD, ReplayService
-from replay.store import ReplayStore
+from replay.consumption import ConsumptionLog
+from replay.errors import DiskFull, ReplayError
+from replay.local import LocalStore
+from replay.reader import StoreReader
+from replay.serialize import encode
+from replay.shard import ShardStore
 from tests.replay.replay_groups import make_group, same, unscored_group
 
 SOON = 0.02
@@ -23,10 +25,10 @@ async def start(tmp_path):
     """Starts services on one directory; whatever is open at the end is closed."""
     started = []
 
-    def start(*, groups_per_step=2, steps=10, resume_step=None, num_prompts=50, seed=0, **config):
+    async def start(*, groups_per_step=2, steps=10, resume_step=None, num_prompts=50, seed=0, **config):
         settings = ReplayConfig(**{"max_lag": 1, "stale_fraction": 0.0, **config})
-        service = ReplayService(
-            str(tmp_path),
+        service = LocalStore(
+            tmp_path,
             config=settings,
             num_prompts=num_prompts,
             groups_per_step=groups_per_step,
@@ -35,6 +37,7 @@ async def start(tmp_path):
             resume_step=resume_step,
         )
         started.append(service)
+        await service.open()
         return service
 
     yield start
@@ -68,7 +71,7 @@ async def waits_of(service, who):
 
 
 async def test_a_waiting_sample_is_woken_by_the_append_that_completes_it(start):
-    service = start()
+    service = await start()
     leases = (await lease(service, count=2)).leases
     await service.append(make_group(leases[0].key))
     waiting = asyncio.create_task(service.sample(step=0, timeout_s=LONG))
@@ -82,14 +85,14 @@ async def test_a_waiting_sample_is_woken_by_the_append_that_completes_it(start):
 
 
 async def test_a_sample_that_stays_incomplete_ends_with_nothing(start):
-    service = start()
+    service = await start()
     assert await service.sample(step=0, timeout_s=SOON) is None
     await answer(service, count=2)
     assert await service.sample(step=0, timeout_s=0.0) is not None
 
 
 async def test_a_lease_that_is_not_granted_ends_with_a_sentence(start):
-    service = start(max_lag=0)
+    service = await start(max_lag=0)
     first = await lease(service, count=5)
     assert (len(first.leases), first.exhausted) == (2, False)
     assert "more of version 0 would exceed max_lag=0" in first.reason
@@ -101,23 +104,22 @@ async def test_a_lease_that_is_not_granted_ends_with_a_sentence(start):
 
 
 async def test_all_that_was_asked_for_needs_no_reason(start):
-    assert (await lease(start(), count=2)).reason == ""
+    assert (await lease(await start(), count=2)).reason == ""
 
 
 async def test_an_expired_lease_is_leased_again_and_its_late_answer_counts_once(start):
-    service = start(lease_s=0.01, max_lag=0)
+    service = await start(lease_s=0.01, max_lag=0)
     first = await lease(service, count=2)
     second = await lease(service, count=2, worker="r1", timeout_s=LONG)
     assert {x.key for x in second.leases} == {x.key for x in first.leases}
     late = make_group(first.leases[0].key, worker="r0")
     assert await service.append(late)
     assert not await service.append(make_group(first.leases[0].key, worker="r1"))
-    (stored,) = await service.read([1])
-    assert same(stored, late)
+    assert same((await service.read([1]))[1], late)
 
 
 async def test_a_waiting_learner_is_woken_when_the_lease_it_waits_for_expires(start):
-    service = start(groups_per_step=1, lease_s=0.05)
+    service = await start(groups_per_step=1, lease_s=0.05)
     await answer(service)
     await train(service, 0)
     await lease(service, version=0)  # due at step 1
@@ -129,7 +131,7 @@ async def test_a_waiting_learner_is_woken_when_the_lease_it_waits_for_expires(st
 
 
 async def test_the_learner_goes_before_a_new_lease_that_would_make_it_wait(start):
-    service = start(groups_per_step=1)
+    service = await start(groups_per_step=1)
     await answer(service)
     await train(service, 0)
     old = (await lease(service, version=0)).leases[0]  # due at step 1
@@ -143,7 +145,7 @@ async def test_the_learner_goes_before_a_new_lease_that_would_make_it_wait(start
 
 
 async def test_without_lag_it_is_the_synchronous_algorithm(start):
-    service = start(max_lag=0, steps=3)
+    service = await start(max_lag=0, steps=3)
     for step in range(3):
         assert (await lease(service, version=step - 1)).leases == ()
         keys = await answer(service, version=step, count=2)
@@ -157,7 +159,7 @@ async def test_without_lag_it_is_the_synchronous_algorithm(start):
 
 
 async def test_workers_that_wait_for_weights_are_told_so(start):
-    service = start(max_lag=0)
+    service = await start(max_lag=0)
     await answer(service, count=2)
     await train(service, 0)
     answered = await lease(service, version=0)
@@ -167,29 +169,29 @@ async def test_workers_that_wait_for_weights_are_told_so(start):
 
 
 async def test_queued_appends_share_one_transaction(start, monkeypatch):
-    service = start(groups_per_step=8)
+    service = await start(groups_per_step=8)
     sizes = []
-    original = ReplayStore.append_many
+    original = ShardStore.append_many
 
-    def counting(self, groups, unusable):
+    def counting(self, groups):
         sizes.append(len(groups))
-        return original(self, groups, unusable)
+        return original(self, groups)
 
-    monkeypatch.setattr(ReplayStore, "append_many", counting)
+    monkeypatch.setattr(ShardStore, "append_many", counting)
     await answer(service, count=8)
     assert sizes == [8]
 
 
 async def test_an_append_is_durable_when_it_returns(start, tmp_path):
-    service = start()
+    service = await start()
     keys = await answer(service, count=2)
-    reader = ReplayStore.read_only(tmp_path / SHARD)
-    assert sorted(reader.keys()) == sorted(keys)
+    reader = ShardStore(tmp_path / "shard-000.sqlite3", read_only=True)
+    assert [f"{e}.{i}" for e, i in reader.rows()[["epoch", "prompt_index"]].tolist()] == keys
     reader.close()
 
 
 async def test_a_repeated_append_is_acknowledged_and_changes_nothing(start):
-    service = start()
+    service = await start()
     group = make_group((await lease(service)).leases[0].key)
     assert await asyncio.gather(service.append(group), service.append(group)) == [True, False]
     assert await service.append(group) is False
@@ -198,27 +200,25 @@ async def test_a_repeated_append_is_acknowledged_and_changes_nothing(start):
 
 
 async def test_of_two_groups_of_one_key_the_first_is_kept(start):
-    service = start()
+    service = await start()
     good, ahead = make_group(1), make_group(1, newest=1)
     assert await asyncio.gather(service.append(good), service.append(ahead)) == [True, False]
     assert (await service.stats())["fresh_waiting"] == 1
 
 
 async def test_a_malformed_group_does_not_disturb_its_neighbours(start):
-    service = start(num_prompts=50)
+    service = await start(num_prompts=50)
     results = await asyncio.gather(
         service.append(make_group("0.1")),
         service.append(make_group("0:2")),
-        service.append(make_group("0.50")),
         return_exceptions=True,
     )
     assert results[0] is True
     assert "malformed" in str(results[1])
-    assert "the task has 50 prompts" in str(results[2])
 
 
 async def test_an_unscored_group_makes_room_for_another_prompt(start):
-    service = start(max_lag=0)
+    service = await start(max_lag=0)
     leases = (await lease(service, count=2)).leases
     waiting = asyncio.create_task(lease(service, worker="r1", timeout_s=LONG))
     await waits_of(service, "r1")
@@ -230,7 +230,7 @@ async def test_an_unscored_group_makes_room_for_another_prompt(start):
 
 
 async def test_a_late_group_that_no_longer_fits_is_kept_and_never_trained(start):
-    service = start(groups_per_step=1, max_lag=0, lease_s=0.01)
+    service = await start(groups_per_step=1, max_lag=0, lease_s=0.01)
     late = (await lease(service)).leases[0]
     while (await service.stats())["in_flight"]:
         await asyncio.sleep(0)
@@ -242,13 +242,13 @@ async def test_a_late_group_that_no_longer_fits_is_kept_and_never_trained(start)
 
 
 async def test_a_group_of_versions_to_come_is_kept_and_never_trained(start):
-    service = start()
+    service = await start()
     assert await service.append(make_group(1, version=0, newest=1))
     assert (await service.stats())["unusable"]["ahead"] == 1
 
 
 async def test_a_sample_is_repeated_until_it_is_committed(start):
-    service = start()
+    service = await start()
     await answer(service, count=3)
     first = await service.sample(step=0, timeout_s=SOON)
     again = await asyncio.gather(*(service.sample(step=0, timeout_s=SOON) for _ in range(3)))
@@ -262,7 +262,7 @@ async def test_a_sample_is_repeated_until_it_is_committed(start):
 
 
 async def test_stats_say_what_is_there_and_who_waits(start):
-    service = start(groups_per_step=4, stale_fraction=0.5, max_replay_lag=4)
+    service = await start(groups_per_step=4, stale_fraction=0.5, max_replay_lag=4)
     await answer(service, count=2)
     await train(service, 0)
     await answer(service, version=1, count=3)
@@ -277,6 +277,7 @@ async def test_stats_say_what_is_there_and_who_waits(start):
     assert wait["who"] == "learner"
     assert wait["what"].startswith("step 2 has 1 of 2 fresh groups, 1 prompts are in flight: ")
     assert wait["since_s"] > 0
+    held = sum(len(encode(group)) for group in (await service.read([1, 2, 3, 4, 5])).values())
     assert stats == {
         "version": 2,
         "groups": 5,
@@ -284,7 +285,12 @@ async def test_stats_say_what_is_there_and_who_waits(start):
         "sampled_tokens": 30,
         "outcomes": {"scored": 10, "truncated": 0, "no_verdict": 0, "timeout": 0, "error": 0},
         "uses": {"fresh": 4, "stale": 2},
-        "unusable": {"unscored": 0, "late": 0, "ahead": 0},
+        "unusable": {"unscored": 0, "late": 0, "ahead": 0, "damaged": 0},
+        "no_signal": 0,
+        "held_groups": 5,
+        "shards": [{"shard": 0, "attached": True, "groups": 5, "held_bytes": held, "pending": 0, "trouble": ""}],
+        "held_bytes": held,
+        "troubles": [],
         "fresh_waiting": 1,
         "in_flight": 1,
         "stale_eligible": 4,
@@ -294,56 +300,58 @@ async def test_stats_say_what_is_there_and_who_waits(start):
 
 
 async def test_a_worker_that_is_gone_gives_all_its_prompts_back(start):
-    service = start()
+    service = await start()
     gone = (await lease(service, count=2)).leases
     (kept,) = (await lease(service, worker="r1")).leases
-    await service.release_worker(worker="r0")
+    await service.service.release_worker(worker="r0")
     again = (await lease(service, count=2, worker="r1")).leases
     assert [x.key for x in again] == [x.key for x in gone]
     assert kept.key not in {x.key for x in again}
 
 
-@pytest.mark.parametrize("cancelled", ["append_many", "sample", "commit"])
+@pytest.mark.parametrize("cancelled", ["append_many", "choose", "commit"])
 async def test_a_caller_cancelled_while_the_disk_works_leaves_memory_and_disk_in_step(start, monkeypatch, cancelled):
-    service = start(groups_per_step=1)
+    service = await start(groups_per_step=1)
     (held,) = (await lease(service)).leases
     disk_is_busy, go_on = threading.Event(), threading.Event()
-    original = getattr(ReplayStore, cancelled)
 
-    def slow(self, *args, **options):
-        disk_is_busy.set()
-        go_on.wait()
-        return original(self, *args, **options)
-
-    async def call(name, call):
+    async def call(store, name, call):
         if name != cancelled:
             return await call
+        original = getattr(store, name)
+
+        def slow(self, *args, **options):
+            disk_is_busy.set()
+            go_on.wait()
+            return original(self, *args, **options)
+
         with monkeypatch.context() as patch:
-            patch.setattr(ReplayStore, name, slow)
+            patch.setattr(store, name, slow)
             task = asyncio.create_task(call)
             await asyncio.to_thread(disk_is_busy.wait)
             task.cancel()
             await asyncio.wait([task])
             go_on.set()
             assert task.cancelled()
-        await service.stats()  # comes after the call's own work
+        while any(state["pending"] for state in (await service.stats())["shards"]):
+            await asyncio.sleep(0)
 
-    await call("append_many", service.append(make_group(held.key)))
+    await call(ShardStore, "append_many", service.append(make_group(held.key)))
     assert (await service.stats())["in_flight"] == 0
-    await call("sample", service.sample(step=0, timeout_s=LONG))
+    await call(ConsumptionLog, "choose", service.service.sample(step=0, timeout_s=LONG))
     assert (await service.stats())["fresh_waiting"] == 0
-    await call("commit", service.commit(step=0, group_ids=(1,)))
+    await call(ConsumptionLog, "commit", service.commit(step=0, group_ids=(1,)))
     assert (await service.stats())["version"] == 1
     await answer(service, version=1)
     assert (await train(service, 1)).group_ids == (2,)
 
 
 async def test_draining_ends_the_workers_and_lets_the_learner_finish(start):
-    service = start()
+    service = await start()
     leases = (await lease(service, count=2)).leases
     waiting = asyncio.create_task(lease(service, worker="r1", version=7, timeout_s=LONG))
     await waits_of(service, "r1")
-    await service.set_draining()
+    await service.service.set_draining()
     told = await waiting
     assert (told.leases, told.exhausted) == ((), True)
     assert "draining" in told.reason
@@ -353,7 +361,7 @@ async def test_draining_ends_the_workers_and_lets_the_learner_finish(start):
 
 
 async def test_close_ends_every_wait_and_lets_another_open_the_store(start):
-    service = start()
+    service = await start()
     learner = asyncio.create_task(service.sample(step=0, timeout_s=LONG))
     worker = asyncio.create_task(lease(service, version=7, timeout_s=LONG))
     await waits_of(service, "learner")
@@ -364,50 +372,76 @@ async def test_close_ends_every_wait_and_lets_another_open_the_store(start):
     assert await appended
     assert await learner is None
     assert (await worker).exhausted
-    for call in (service.append(make_group(2)), service.read([1]), service.stats()):
+    for call in (service.append(make_group(2)), service.stats()):
         with pytest.raises(ReplayError, match="is closed"):
             await call
-    assert (await start(resume_step=0).stats())["groups"] == 1
+    assert (await (await start(resume_step=0)).stats())["groups"] == 1
 
 
-async def test_a_full_disk_reaches_the_worker_and_its_lease_goes_on(start):
-    service = start()
-    group = make_group((await lease(service)).leases[0].key, rewards=(0.0, 1.0) * 100)
-    db = service._store._db
-    await service._in_store(lambda: db.rows("PRAGMA max_page_count = 1"))  # SQLite makes it the present size
-    with pytest.raises(ReplayError, match="database or disk is full"):
-        await service.append(group)
-    assert (await service.stats())["in_flight"] == 1
-    await service._in_store(lambda: db.rows("PRAGMA max_page_count = 100000"))
-    assert await service.append(group)
+async def test_a_full_disk_holds_the_append_says_so_and_goes_on_when_there_is_room(start, monkeypatch):
+    monkeypatch.setattr("replay.shard_service.RETRY_S", 0.001)
+    service = await start(lease_s=0.05)
+    (held,) = (await lease(service)).leases
+    with monkeypatch.context() as full:
+        full.setattr(ShardStore, "append_many", no_room)
+        appended = asyncio.create_task(service.append(make_group(held.key)))
+        while not (troubles := (await service.stats())["troubles"]):
+            await asyncio.sleep(0)
+        assert troubles == ["shard-000.sqlite3: no room; make room, it then goes on by itself"]
+        await asyncio.sleep(0.1)
+        stats = await service.stats()
+        assert (stats["in_flight"], stats["shards"][0]["pending"]) == (1, 1)  # its lease does not expire
+    assert await appended
+    stats = await service.stats()
+    assert (stats["troubles"], stats["fresh_waiting"], stats["in_flight"]) == ([], 1, 0)
+
+
+async def test_a_full_disk_holds_the_commit_and_loses_nothing(start, monkeypatch):
+    monkeypatch.setattr("replay.service.RETRY_S", 0.001)
+    service = await start()
+    await answer(service, count=2)
+    batch = await service.sample(step=0, timeout_s=SOON)
+    with monkeypatch.context() as full:
+        full.setattr(ConsumptionLog, "commit", no_room)
+        committed = asyncio.create_task(service.commit(step=0, group_ids=batch.group_ids))
+        while not (await service.stats())["troubles"]:
+            await asyncio.sleep(0)
+    await committed
+    assert (await service.stats())["version"] == 1
+
+
+def no_room(self, *args, **options):
+    raise DiskFull(f"{self.path.name}: no room")
 
 
 # resume
 
 
 async def test_a_new_run_refuses_the_store_of_an_old_one_and_lets_go_of_it(start):
-    service = start()
+    service = await start()
     await answer(service)
     await service.close()
-    with pytest.raises(ValueError, match="holds 1 groups of an earlier run: resume it, or choose another name"):
-        start()
-    start(resume_step=0)
+    with pytest.raises(
+        ValueError, match="holds 1 groups of an earlier run: resume it with --resume, or choose another name"
+    ):
+        await start()
+    await start(resume_step=0)
 
 
 async def test_two_jobs_on_one_store_are_refused(start):
-    start()
+    await start()
     with pytest.raises(ReplayError, match="two runs cannot write one store"):
-        start()
+        await start()
 
 
 async def test_resume_goes_on_where_the_checkpoint_stands(start):
-    service = start(num_prompts=6)
+    service = await start(num_prompts=6)
     done = await answer(service, count=4)
     first = await train(service, 0)
     second = await train(service, 1)
     lost = (await lease(service, version=2)).leases[0].key
     await service.close()
-    service = start(num_prompts=6, resume_step=1)
+    service = await start(num_prompts=6, resume_step=1)
     assert (await service.stats())["fresh_waiting"] == 2
     assert (await train(service, 1)).group_ids == second.group_ids
     keys = [x.key for x in (await lease(service, version=2, count=2)).leases]
@@ -417,23 +451,23 @@ async def test_resume_goes_on_where_the_checkpoint_stands(start):
 
 
 async def test_resume_drops_what_later_weights_sampled(start):
-    service = start()
+    service = await start()
     await answer(service, count=2)
     await train(service, 0)
     await answer(service, version=1, count=2)
     await service.close()
-    service = start(resume_step=0)
+    service = await start(resume_step=0)
     stats = await service.stats()
     assert (stats["fresh_waiting"], stats["unusable"]["ahead"]) == (2, 2)
     assert len((await lease(service, count=9)).leases) == 2
 
 
 async def test_resume_with_a_smaller_max_lag_leaves_out_what_no_longer_fits(start):
-    service = start(max_lag=2)
+    service = await start(max_lag=2)
     await answer(service, count=6)
     await train(service, 0)
     await service.close()
-    service = start(max_lag=1, resume_step=1)
+    service = await start(max_lag=1, resume_step=1)
     stats = await service.stats()
     assert (stats["fresh_waiting"], stats["unusable"]["late"]) == (2, 2)
     assert [g.group.oldest_version for g in (await train(service, 1)).groups] == [0, 0]
@@ -441,37 +475,32 @@ async def test_resume_with_a_smaller_max_lag_leaves_out_what_no_longer_fits(star
 
 async def test_resume_refuses_a_checkpoint_that_the_store_does_not_know(start):
     with pytest.raises(ValueError, match="knows 0 committed steps and cannot go on at step 3"):
-        start(resume_step=3)
+        await start(resume_step=3)
 
 
 async def test_resume_refuses_other_data(start):
-    service = start(num_prompts=50)
+    service = await start(num_prompts=50)
     await service.append(make_group("0.40"))
     await service.close()
     with pytest.raises(ValueError, match="the task has 40 prompts"):
-        start(num_prompts=40, resume_step=0)
-    start(num_prompts=50, resume_step=0)
+        await start(num_prompts=40, resume_step=0)
+    await start(num_prompts=50, resume_step=0)
 
 
 @pytest.mark.parametrize("fresh", [0, 1, 2, 3, 4])
 async def test_resume_never_stalls_whatever_the_store_held(start, fresh):
-    service = start()
+    service = await start()
     await answer(service, count=4)
     await train(service, 0)
     await train(service, 1)
     if fresh:
         await answer(service, version=2, count=fresh)
     await service.close()
-    service = start(resume_step=2)
+    service = await start(resume_step=2)
     missing = max(0, 2 - fresh)
     if missing:
         await answer(service, version=2, count=missing)
     assert len((await train(service, 2)).groups) == 2
-
-
-async def test_a_batch_without_a_fresh_group_is_refused(start):
-    with pytest.raises(ValueError, match=r"stale_fraction=0\.9 of learner\.groups_per_step=1 leaves no fresh group"):
-        start(groups_per_step=1, stale_fraction=0.9)
 
 
 # a whole run
@@ -480,7 +509,7 @@ async def test_a_batch_without_a_fresh_group_is_refused(start):
 @pytest.mark.parametrize("max_lag", [0, 1, 3])
 async def test_a_run_with_failing_workers_ends_and_keeps_every_bound(start, max_lag, tmp_path):
     steps, num_fresh = 12, 3
-    service = start(
+    service = await start(
         groups_per_step=5,
         stale_fraction=0.4,
         steps=steps,
@@ -526,14 +555,12 @@ async def test_a_run_with_failing_workers_ends_and_keeps_every_bound(start, max_
     assert lags[Kind.STALE]
     assert set(lags[Kind.STALE]) <= set(range(5))
     await service.close()
-    store = ReplayStore.read_only(tmp_path / SHARD)
-    assert store.verify() == []
-    assert max(Counter(store.keys()).values()) == 1
-    store.close()
+    with StoreReader(tmp_path) as reader:
+        assert list(reader.verify()) == []
 
 
 async def test_a_worker_that_asks_again_ends_its_earlier_ask(start):
-    service = start(max_lag=0)
+    service = await start(max_lag=0)
     await answer(service, count=2)
     earlier = asyncio.create_task(lease(service, version=0, timeout_s=LONG))
     await waits_of(service, "r0")

@@ -1,41 +1,39 @@
-import os
 import random
-import signal
-import subprocess
-import sys
 
 import pytest
 
-from replay.store import ReplayStore
-from tests.replay.replay_groups import make_group, same
-
-WRITER = "tests.replay.append_until_killed"
+from replay.database import log_of
+from replay.shard import ShardStore
+from tests.replay.append_until_killed import lost, run_and_kill
 
 
 @pytest.mark.faults
 def test_kill_9_loses_no_acknowledged_group(tmp_path):
-    path = tmp_path / "store.sqlite3"
-    acknowledged = []
+    path = tmp_path / "shard-000.sqlite3"
     rng = random.Random(0)
-    for _ in range(10):
-        writer = subprocess.Popen(
-            [sys.executable, "-m", WRITER, path],
-            stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            text=True,
-        )
-        for _ in range(rng.randint(1, 40)):
-            acknowledged.append(writer.stdout.readline().strip())
-        writer.send_signal(signal.SIGKILL)
-        with writer:
-            acknowledged += writer.stdout.read().split("\n")[:-1]  # after the last newline: half a line at most
-        assert writer.returncode == -signal.SIGKILL
-    store = ReplayStore(path)
-    keys = store.keys()
-    assert len(acknowledged) >= 10
-    assert len(set(keys)) == len(keys)
-    assert set(acknowledged) <= set(keys)
-    assert len(keys) % 3 == 0  # a transaction is there as a whole or not at all
-    assert store.verify() == []
-    assert same(store.get(store.ids(["0.0"])["0.0"]), make_group(0))
-    store.close()
+    acknowledged = []
+    for _ in range(6):
+        acknowledged += run_and_kill(path, rng, num_tokens=16, per_transaction=3, life_s=0.4)
+    assert acknowledged
+    assert lost(path, acknowledged, per_transaction=3) == []
+
+
+@pytest.mark.faults
+def test_after_a_kill_a_reader_sees_every_acknowledged_group(tmp_path):
+    path = tmp_path / "shard-000.sqlite3"
+    rng = random.Random(1)
+    acknowledged = []
+    while not acknowledged:
+        acknowledged += run_and_kill(path, rng, num_tokens=16, per_transaction=2, life_s=0.4)
+    reader = ShardStore(path, read_only=True)
+    there = {f"{row['epoch']}.{row['prompt_index']}" for row in reader.rows()}
+    assert set(acknowledged) <= there
+    reader.close()
+    assert log_of(path).exists()
+
+
+@pytest.mark.faults
+def test_the_check_notices_a_loss(tmp_path):
+    path = tmp_path / "shard-000.sqlite3"
+    ShardStore(path).close()
+    assert lost(path, ["0.7"], per_transaction=1) == ["0.7 was acknowledged and is not there"]

@@ -27,7 +27,7 @@ from replay.errors import DamagedFile, DiskFull, ReplayError
 from replay.lock import NO_ROOM, StoreLock
 
 PAGE_BYTES = 16384
-"""Page size of new files: a payload is then a handful of pages. Twice the append rate of SQLite's default of 4096."""
+"""Page size of new files: a payload is then a handful of pages instead of dozens."""
 CHECKPOINT_PAGES = 2000
 """Pages in the log (32 MB) after which a commit copies them to the file."""
 LOG_BYTES = 256 << 20

@@ -1,6 +1,6 @@
-"""Who waits for whom: `LagLimiter` bounds the lag of fresh groups, `ReuseLimit` how often groups are trained on.
+"""Who waits for whom, so that no fresh group is ever trained at a lag above ``max_lag``.
 
-No fresh group is ever trained at a lag above ``max_lag``.
+How often groups are trained on needs no rule of its own: F follows from ``samples_per_insert`` or ``stale_fraction``.
 
 Every learner step consumes exactly F fresh groups. A job that is *outstanding* (a prompt in flight under a live lease,
 or a usable fresh group that waits in the store) has a due step, the last step that may consume it as fresh:
@@ -37,7 +37,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,37 +147,3 @@ class LagLimiter:
     def _capacity(self, due: int, next_step: int) -> int:
         """Groups that steps ``next_step..due`` can consume."""
         return self.num_fresh * max(due - next_step + 1, 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReuseLimit:
-    """At most ``samples_per_insert`` draws per group inserted, over the whole run so far.
-
-    An *insert* is a group that a step took out of the queue of waiting ones, a *draw* is a group in a batch. A step
-    that inserts F groups may make the draws that this leaves, beyond the F that are always allowed: so a step never
-    waits for the bound, it only replays less.
-
-    Example, ``samples_per_insert`` = 1.5, F = 8, batches of 16: the first step allows 12 draws, 4 of them stale; if it
-    finds only 2 stale ones, the second allows 24 - 10 = 14, i.e. 6.
-    """
-
-    samples_per_insert: float | None
-    """Draws per insert, 1 or more; None is any number."""
-
-    def stale_allowed(self, wanted: int, *, draws: int, inserts: int, num_fresh: int) -> Grant:
-        """How many of ``wanted`` draws beyond its ``num_fresh`` a step may make, and in words why not more.
-
-        ``draws`` and ``inserts``: of all steps before.
-        """
-        if self.samples_per_insert is None:
-            return Grant(count=wanted)
-        inserts += num_fresh
-        # Products such as 10 x 1.1 may come out a rounding below the whole number that they are.
-        allowed = floor(self.samples_per_insert * inserts + 1e-6) - draws - num_fresh
-        if allowed >= wanted:
-            return Grant(count=wanted)
-        return Grant(
-            count=max(allowed, 0),
-            reason=f"{draws + num_fresh} draws of {inserts} groups leave {max(allowed, 0)} of {wanted} stale draws: "
-            f"more would exceed replay.samples_per_insert={self.samples_per_insert:g}",
-        )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from heapq import merge
 from itertools import islice
@@ -294,7 +294,8 @@ class StoreReader:
         """Why there is nothing to read."""
         shard = self.directory / shard_file(0)
         if shard.is_file():
-            ShardStore(shard, read_only=True).close()  # a file of an earlier schema says so itself
+            with suppress(ValueError):  # one of several shards
+                ShardStore(shard, read_only=True).close()  # a file of an earlier schema says so itself
             return ReplayError(f"{log_path} is missing, without which the shards beside it cannot be read")
         return ReplayError(f"{self.directory} holds no replay store")
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from replay.dispatcher import Dispatcher
 from replay.ledger import PromptLedger
-from replay.limiter import Grant, LagLimiter, ReuseLimit
+from replay.limiter import LagLimiter
 from replay.rows import ROW
 from replay.serialize import parse_key
 
@@ -274,48 +274,3 @@ def test_a_group_that_comes_too_late_is_told_from_one_that_still_fits():
     run.desk.ledger.expire(1.0)
     strangers = [(i, f"7.{i}", 0, 0) for i in range(3)]
     assert unusable(*strangers) == {2: "late"}  # each takes room from those behind it
-
-
-def stale_allowed(samples_per_insert, wanted=8, *, draws=0, inserts=0, num_fresh=8):
-    limit = ReuseLimit(samples_per_insert=samples_per_insert)
-    return limit.stale_allowed(wanted, draws=draws, inserts=inserts, num_fresh=num_fresh)
-
-
-def test_reuse_without_a_bound_allows_all_that_is_wanted():
-    assert stale_allowed(None, 10**6) == Grant(count=10**6)
-
-
-def test_the_worked_example_of_reuse_holds_back_what_it_says():
-    first = stale_allowed(1.5)
-    assert first.count == 4
-    assert first.reason == (
-        "8 draws of 8 groups leave 4 of 8 stale draws: more would exceed replay.samples_per_insert=1.5"
-    )
-    assert stale_allowed(1.5, draws=8 + 2, inserts=8).count == 6
-
-
-def test_reuse_counts_a_whole_product_as_whole():
-    assert stale_allowed(1.1, 9, draws=99, inserts=90, num_fresh=10).count == 1  # 1.1 * 100 is 110.00000000000001
-    assert stale_allowed(1.15, 99, draws=85, inserts=85, num_fresh=15).count == 15  # 1.15 * 100 is 114.99999999999999
-
-
-def test_a_run_that_has_replayed_too_much_still_takes_its_fresh_groups():
-    assert stale_allowed(1.0, draws=1000, inserts=10).count == 0
-
-
-@settings(deadline=None)
-@given(
-    samples_per_insert=st.floats(1.0, 5.0),
-    num_fresh=st.integers(1, 5),
-    wanted=st.lists(st.integers(0, 20), min_size=1, max_size=20),
-)
-def test_reuse_never_exceeds_its_bound_and_holds_nothing_back_without_need(samples_per_insert, num_fresh, wanted):
-    draws = inserts = 0
-    for count in wanted:
-        allowed = stale_allowed(samples_per_insert, count, draws=draws, inserts=inserts, num_fresh=num_fresh)
-        inserts += num_fresh
-        draws += num_fresh + allowed.count
-        assert draws <= samples_per_insert * inserts + 1e-6
-        if allowed.count < count:
-            assert draws + 1 > samples_per_insert * inserts + 1e-6
-            assert allowed.reason

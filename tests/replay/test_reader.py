@@ -7,6 +7,7 @@ from r2vpo.records import Kind
 from replay.errors import ReplayError
 from replay.reader import StoreReader
 from replay.schema import CONSUMPTION_FILE, shard_file
+from replay.shard import ShardStore
 from replay.shard_view import GroupFilter
 from tests.replay.replay_groups import make_group, same, unscored_group
 from tests.replay.stored_runs import StoredRun, keys_of_shard, tamper
@@ -329,3 +330,10 @@ def test_reading_changes_no_file(stored):
     assert {
         file.name: file.read_bytes() for file in stored.iterdir() if not file.name.endswith(("-wal", "-shm"))
     } == before
+
+
+def test_shards_without_their_log_are_named_however_many_there_are(tmp_path):
+    for shard in range(2):
+        ShardStore(tmp_path / f"shard-00{shard}.sqlite3", shard=shard, shards=2).close()
+    with pytest.raises(ReplayError, match=r"consumption\.sqlite3 is missing"):
+        StoreReader(tmp_path)

@@ -9,25 +9,21 @@ row. QUICK runs a third of the steps, with the same targets.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from benchmarks.table import QUICK, REPOSITORY, Row, table, write
 from r2vpo.job.config import load_config
 
-REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "configs" / "quickstart.yaml"
-RESULTS = REPOSITORY / "benchmarks" / "results" / "quickstart.json"
 LR = load_config(RECIPE).learner.lr
 SEEDS = {f"seed {seed}": [f"seed={seed}"] for seed in range(3)}
 UNTUNED = {"lr ÷ 10": [f"learner.lr={LR / 10:g}"], "lr × 4": [f"learner.lr={LR * 4:g}"]}
@@ -37,20 +33,9 @@ OTHERS = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One figure against its target."""
-
-    name: str
-    value: float
-    unit: str
-    target: str
-    ok: bool
-
-
 def main() -> int:
     """Run everything, print the table, write the result file."""
-    quick = ["learner.steps=27"] if os.environ.get("QUICK") else []
+    quick = ["learner.steps=27"] if QUICK else []
     summaries = {}
     with tempfile.TemporaryDirectory(prefix="r2vpo-bench-") as folder:
         for label, overrides in {**SEEDS, **UNTUNED, **OTHERS}.items():
@@ -58,13 +43,8 @@ def main() -> int:
             summaries[label] = run(Path(folder), label, [*overrides, *quick])
             print(f"{label}: {summaries[label]['status']} in {time.monotonic() - began_s:.0f} s", file=sys.stderr)
     rows = list(figures(summaries))
-    width = max(len(row.name) for row in rows)
-    for row in rows:
-        print(f"{row.name:<{width}}  {row.value:>10.4g} {row.unit:<12} {row.target:<22} {'ok' if row.ok else 'MISSED'}")
-    RESULTS.parent.mkdir(exist_ok=True)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    result = {"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": [asdict(row) for row in rows]}
-    RESULTS.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    print(table(rows))
+    write("quickstart", rows)
     return 0 if all(row.ok for row in rows) else 1
 
 

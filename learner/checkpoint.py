@@ -13,17 +13,21 @@ at checkpoints that it wrote itself. `trainer.json` is plain JSON.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 _NAME = re.compile(r"step-(\d{6,})")
 _MARKER = "COMPLETE"
 _STATE = "trainer.json"
+_PIN_PREFIX = ".pinned-"
 
 
 def final_path(directory: Path, step: int) -> Path:
@@ -81,7 +85,35 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """What `commit` was given. ``ValueError`` if ``checkpoint`` is not a complete checkpoint."""
     if not (checkpoint / _MARKER).is_file():
         raise ValueError(f"{checkpoint} is not a complete checkpoint (no file {_MARKER}); name a directory step-NNNNNN")
-    return json.loads((checkpoint / _STATE).read_text())
+    try:
+        return json.loads((checkpoint / _STATE).read_text())
+    except FileNotFoundError:
+        raise _removed(checkpoint) from None
+
+
+@contextmanager
+def pinned(checkpoint: Path) -> Iterator[Path]:
+    """A copy of ``checkpoint`` that stays until the context ends, whatever its run removes meanwhile.
+
+    Hard links in a folder beside it: they take no space, and all ranks see them. Files are copied where links cannot be
+    made, and to the system's folder for temporary files where nothing can be written beside it. ``ValueError`` if
+    ``checkpoint`` is not complete, or is removed too soon; ``OSError`` if there is no room for a copy.
+    """
+    _remove_left_pins(checkpoint.parent)
+    home = _make_pin(checkpoint.parent)
+    held = os.open(home, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every network file system locks folders; then leftovers stay
+            fcntl.flock(held, fcntl.LOCK_EX)
+        copy = home / checkpoint.name
+        try:
+            _link_all(checkpoint, copy)
+        except FileNotFoundError:
+            raise _removed(checkpoint) from None
+        yield copy
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+        os.close(held)
 
 
 def prune(directory: Path, *, keep: int) -> None:
@@ -102,6 +134,54 @@ def _remove(checkpoint: Path) -> None:
     """The marker goes first, so that a removal cut short leaves nothing that looks complete."""
     (checkpoint / _MARKER).unlink()
     shutil.rmtree(checkpoint)
+
+
+def _removed(checkpoint: Path) -> ValueError:
+    return ValueError(f"{checkpoint} is not there, or was removed while it was read")
+
+
+def _make_pin(beside: Path) -> Path:
+    try:
+        home = Path(tempfile.mkdtemp(prefix=_PIN_PREFIX, dir=beside))
+    except OSError:  # somebody else's, or a disk that nobody can write
+        home = Path(tempfile.mkdtemp(prefix=_PIN_PREFIX))
+    home.chmod(0o755)  # ranks on a cluster may run as another user
+    return home
+
+
+def _remove_left_pins(directory: Path) -> None:
+    """Remove what processes that were killed had pinned: the kernel has let go of their locks."""
+    for home in directory.glob(f"{_PIN_PREFIX}*"):
+        with suppress(OSError):
+            held = os.open(home, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(home)
+            finally:
+                os.close(held)
+
+
+def _link_all(checkpoint: Path, copy: Path) -> None:
+    """Link every file; ``FileNotFoundError`` if one is removed before it is linked, or was."""
+    copy.mkdir()
+    marker = checkpoint / _MARKER
+    for parent, _, names in os.walk(checkpoint):
+        folder = copy / Path(parent).relative_to(checkpoint)
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            if (file := Path(parent, name)) != marker:
+                _link(file, folder / name)
+    # A removal begins with the marker: while it is there, so was all that came before.
+    _link(marker, copy / _MARKER)
+
+
+def _link(file: Path, link: Path) -> None:
+    try:
+        os.link(file, link)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(file, link)
 
 
 def _fsync(path: Path) -> None:

@@ -200,12 +200,17 @@ class ConsumptionLog:
         """Read everything and yield one sentence per problem; nothing if the log is sound."""
         try:
             yield from self._db.problems()
-            version = self.version
-            if (num_steps := self._db.one("SELECT COUNT(*) FROM steps")) != version:
+            # Each check is one query: beside a writer, two of them may see different steps.
+            next_step = "COALESCE(MAX(step) + 1, 0)"
+            num_steps, version = self._db.rows(f"SELECT COUNT(*), {next_step} FROM steps")[0]
+            if num_steps != version:
                 yield f"{self.path}: {num_steps} committed steps, but the next one is {version}: a step is missing"
             for (step,) in self._db.rows("SELECT step FROM steps EXCEPT SELECT step FROM consumption"):
                 yield f"{self.path}: step {step} is committed without any group"
-            for (step,) in self._db.rows("SELECT DISTINCT step FROM choice WHERE step != ?", version):
+            for step, version in self._db.rows(
+                f"SELECT DISTINCT step, version FROM choice, (SELECT {next_step} AS version FROM steps) "
+                "WHERE step != version"
+            ):
                 yield f"{self.path}: a batch is chosen for step {step}, but the next one is {version}"
             wrong = (
                 "SELECT step, group_id, uses, earlier FROM (SELECT step, group_id, uses, "

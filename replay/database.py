@@ -221,6 +221,26 @@ def log_of(path: Path) -> Path:
     return path.with_name(path.name + "-wal")
 
 
+def remove_empty_log(path: Path) -> None:
+    """Remove the files that connections which only read have made beside a closed file: they cannot do so themselves.
+
+    SQLite does it, for the last connection that could write, and under its own locks: a file that another process has
+    open keeps its log. Does nothing for a file that says ``open``, or where nothing can be written.
+    """
+    with suppress(OSError, sqlite3.Error):
+        if log_of(path).stat().st_size > 0 or _state_without_log(path) != "closed":
+            return
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=0)
+        state = None
+        try:
+            state = connection.execute("SELECT value FROM meta WHERE key = 'state'").fetchone()
+        finally:
+            if state == ("closed",):
+                connection.close()
+            else:  # a run has begun meanwhile, whose log must outlive it
+                _close_keeping_log(connection, path)
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[sqlite3.Connection]:
     """A plain connection to an existing file of any schema version, which leaves it as it is."""

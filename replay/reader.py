@@ -23,7 +23,7 @@ import numpy as np
 
 from r2vpo.records import Kind, Outcome, SampledBatch, TrajectoryGroup
 from replay.consumption import ConsumptionLog
-from replay.database import log_of
+from replay.database import log_of, remove_empty_log
 from replay.errors import ReplayError
 from replay.rows import by_shard, shard_of_id, shard_of_key
 from replay.schema import CONSUMPTION_FILE, shard_file
@@ -34,6 +34,8 @@ from replay.shard_view import STATES, GroupFilter, GroupInfo, ShardView, StateCo
 UNUSABLE = ("unscored", "late", "ahead", "damaged")
 """Why a group is not drawn as fresh (``late``), or never."""
 PAGE = 256
+MOST_NAMED = 5
+"""Most groups that one sentence names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +107,10 @@ class StoreReader:
     ``ReplayError`` if there is no store, its log cannot be read, or none of the shards that are here can.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, skip_no_signal: str = "none") -> None:
+        """``skip_no_signal``: the run's rule (see ``ReplayConfig.no_signal_rule``), by which groups are ``skipped``."""
         self.directory = directory
+        self._skip_no_signal = skip_no_signal
         self.missing: dict[int, str] = {}
         """Shards whose files are not here: number → host, empty where it is not known."""
         self.unreadable: dict[int, str] = {}
@@ -115,6 +119,7 @@ class StoreReader:
         self._views: dict[int, ShardView] = {}
         log_path = directory / CONSUMPTION_FILE
         with ExitStack() as undo:
+            undo.callback(self._remove_empty_logs)
             undo.callback(self._close_shards)
             if not log_path.is_file():
                 raise self._no_log(log_path)
@@ -236,12 +241,12 @@ class StoreReader:
     def batch(self, step: int) -> SampledBatch:
         """The batch that a committed step trained on, as it was then.
 
-        ``LookupError`` if the step is not committed, ``ReplayError`` with one sentence per group that cannot be read.
+        ``LookupError`` if the step is not committed, ``ReplayError`` naming groups that cannot be read, a few of many.
         """
         plan = self._log.plan(step)
         contents, problems = self._contents(plan.group_ids)
         if problems:
-            raise ReplayError(f"the batch of step {step} is incomplete: {'; '.join(problems.values())}")
+            raise ReplayError(f"the batch of step {step} is incomplete: {_few(list(problems.values()))}")
         return plan.batch(contents)
 
     def verify(
@@ -283,6 +288,7 @@ class StoreReader:
         """May be called twice."""
         self._close_shards()
         self._log.close()
+        self._remove_empty_logs()
 
     def __enter__(self) -> Self:
         return self
@@ -303,13 +309,24 @@ class StoreReader:
         path = self.directory / shard_file(shard)
         try:
             self._stores[shard] = ShardStore(path, shard=shard, shards=self.shards, read_only=True)
-            self._views[shard] = ShardView(path, self.directory / CONSUMPTION_FILE, shard=shard, shards=self.shards)
+            self._views[shard] = ShardView(
+                path,
+                self.directory / CONSUMPTION_FILE,
+                shard=shard,
+                shards=self.shards,
+                skip_no_signal=self._skip_no_signal,
+            )
         except ReplayError as error:
             self.unreadable[shard] = str(error)
 
     def _close_shards(self) -> None:
         for opened in (*self._views.values(), *self._stores.values()):
             opened.close()
+
+    def _remove_empty_logs(self) -> None:
+        """Leave no file behind that was not there before, if this was the last reader and there is no writer."""
+        for path in (self.directory / CONSUMPTION_FILE, *self.directory.glob("shard-*.sqlite3")):
+            remove_empty_log(path)
 
     def _view(self, shard: int, what: str) -> ShardView:
         if shard in self._views:
@@ -378,3 +395,9 @@ class StoreReader:
         prompts, times = np.unique(prompts, return_counts=True)
         for epoch, index in prompts[times > 1].tolist():
             yield f"prompt {epoch}.{index} has a group in more than one shard"
+
+
+def _few(sentences: Sequence[str]) -> str:
+    """``first; second; … and 7 more``."""
+    more = len(sentences) - MOST_NAMED
+    return "; ".join(sentences[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -18,31 +18,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import Any
 
 from r2vpo.records import BatchPlan, LeaseAnswer
 from replay.config import ReplayConfig
 from replay.consumption import ConsumptionLog
 from replay.dispatcher import DAMAGED, Dispatcher
-from replay.errors import DiskFull, ReplayError
 from replay.index import Index
-from replay.ledger import PromptLedger
+from replay.intake import Intake, not_empty
 from replay.limiter import Grant
-from replay.roster import Shard, ShardState, count, sum_by_key
+from replay.log_thread import LogThread
+from replay.roster import Shard, ShardState, count
 from replay.rows import Rows
 from replay.schema import CONSUMPTION_FILE
 from replay.sweeper import Sweeper
-
-RETRY_S = 1.0
-"""Between two attempts to write to a full disk (seconds)."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,20 +69,15 @@ class ReplayService:
         self._changed = asyncio.Condition()
         self._waits: dict[object, _Wait] = {}
         self._draining = self._closed = False
-        self._trouble = ""
         self._learners_waiting = 0
         self._asks: dict[str, object] = {}
         self._shards = [ShardState(number) for number in range(config.shards)]
         self._index: Index | None = None
         self._chosen: BatchPlan | None = None  # the batch in work
         self._sweep: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="replay-log")
-        try:
-            self._log = self._thread.submit(self._open_log, Path(directory)).result()
-        except BaseException:
-            self._thread.shutdown()
-            raise
-        self._sweeper = Sweeper(config, shards=self._shards, changed=self._changed, log=self._log, in_log=self._in_log)
+        self._log = LogThread(lambda: self._open_log(Path(directory)))
+        self._sweeper = Sweeper(config, shards=self._shards, changed=self._changed, log=self._log)
+        self._intake = Intake(config, shards=self._shards, log=self._log, sweeper=self._sweeper)
 
     # Shards
 
@@ -102,9 +89,16 @@ class ReplayService:
             state.generation += 1
             state.speak("")
             if self._index is not None:
-                await self._return(state, link)
+                await self._intake.bring_back(self._index, state, link)
             elif all(other.link is not None for other in self._shards):
-                self._index = await self._load()
+                self._index = await self._intake.load(
+                    num_prompts=self._num_prompts,
+                    groups_per_step=self._groups_per_step,
+                    steps=self._steps,
+                    seed=self._seed,
+                    next_step=self._version,
+                    must_be_empty=self._resume_step is None,
+                )
             self._changed.notify_all()
 
     async def detach(self, shard: int, reason: str) -> None:
@@ -128,7 +122,7 @@ class ReplayService:
         """A shard has made groups durable, in the order of their ids. May be said twice."""
         async with self._changed:
             if self._index is not None:  # else they are read with all others when the last shard is attached
-                await self._take_in(self._shards[shard], rows)
+                await self._intake.take_in(self._index, self._shards[shard], rows)
                 self._changed.notify_all()
         self._make_room()
 
@@ -228,11 +222,11 @@ class ReplayService:
 
     async def hosts(self) -> dict[int, str]:
         """The host that each shard's file lies on, as far as it was recorded."""
-        return await self._in_log(lambda: self._log.hosts)
+        return await self._log.do(lambda log: log.hosts)
 
     async def set_hosts(self, hosts: Mapping[int, str]) -> None:
         """Record where the shards' files lie."""
-        await self._in_log(lambda: self._log.set_hosts(dict(hosts)))
+        await self._log.do(lambda log: log.set_hosts(dict(hosts)))
 
     async def stats(self) -> dict[str, Any]:
         """What the store holds and has handed out; ``waits``: who waits for what, since when (Unix seconds).
@@ -243,7 +237,7 @@ class ReplayService:
         if not self._changed.locked():  # who holds it may be waiting for the disk
             async with self._changed:
                 self._expire()
-        logged = await self._ask_log(self._log.stats)
+        logged = await self._log.ask(lambda log: log.stats())
         return {
             **count(self._shards, logged),
             "fresh_waiting": len(self._dispatcher.waiting) if self._index else 0,
@@ -251,7 +245,7 @@ class ReplayService:
             "stale_eligible": len(self._index.pool) if self._index else 0,
             "draining": self._draining,
             "waits": [{"who": w.who, "what": w.what(), "since_s": w.since_s} for w in self._waits.values()],
-            "troubles": [text for text in (self._trouble, *(state.trouble for state in self._shards)) if text],
+            "troubles": [text for text in (self._log.trouble, *(state.trouble for state in self._shards)) if text],
         }
 
     async def set_draining(self) -> None:
@@ -267,9 +261,8 @@ class ReplayService:
         async with self._changed:
             if not self._closed:
                 self._draining = True
-                await self._in_log(self._log.close)
+                await self._log.close()
                 self._closed = True
-                self._thread.shutdown()
                 self._changed.notify_all()
 
     # What follows runs with the condition held, except for what takes it: _take, _quarantine, _commit.
@@ -283,106 +276,42 @@ class ReplayService:
         log = ConsumptionLog(directory / CONSUMPTION_FILE, shards=self._config.shards)
         try:
             if self._resume_step is None and log.version > 0:
-                raise _not_empty(log.path, f"{log.version} steps")
+                raise not_empty(str(log.path), f"{log.version} steps")
             log.rewind(self._resume_step or 0)
         except BaseException:
             log.close()
             raise
         return log
 
-    async def _load(self) -> Index:
-        """The index over all shards, as the run begins."""
-        links = [state.link for state in self._shards if state.link is not None]
-        step = self._version
-        counts = sum_by_key(await asyncio.gather(*(link.epochs() for link in links)))
-        if self._resume_step is None and counts:
-            raise _not_empty(self._log.path.parent, f"{sum(counts.values())} groups")
-        done = {
-            epoch: np.concatenate(await asyncio.gather(*(link.answered(epoch) for link in links))) for epoch in counts
-        }
-        index = Index(
-            self._config,
-            groups_per_step=self._groups_per_step,
-            steps=self._steps,
-            seed=self._seed,
-            next_step=step,
-            ledger=PromptLedger(num_prompts=self._num_prompts, seed=self._seed, done=done, shards=len(links)),
-        )
-        loaded = await asyncio.gather(*(self._read_rows(link, step) for link in links))
-        for state, rows in zip(self._shards, loaded, strict=True):
-            state.known_id = int(rows["id"].max(initial=0))
-        rows = np.concatenate(loaded)
-        uses = await self._uses(rows)
-        aside = await self._in_log(self._log.aside)
-        await self._set_aside(index.load(rows, uses=uses, aside=aside))
-        held = await asyncio.gather(*(link.held() for link in links))
-        self._sweeper.held_groups, self._sweeper.held_bytes = (sum(column) for column in zip(*held, strict=True))
-        return index
-
-    async def _return(self, state: ShardState, link: Shard) -> None:
-        """A shard is back: first what it has that nobody was told of, then what was known."""
-        assert self._index is not None
-        rows = await self._read_rows(link, self._dispatcher.next_step)
-        known = rows[rows["id"] <= state.known_id]
-        aside = await self._in_log(self._log.aside)
-        await self._set_aside(self._index.return_(state.number, known, await self._uses(known), aside))
-        await self._take_in(state, rows)
-
-    async def _read_rows(self, link: Shard, step: int) -> Rows:
-        """The groups that may still be trained on at ``step``."""
-        oldest = step - max(self._config.max_lag, self._config.max_replay_lag)
-        return await link.rows(oldest_version=max(oldest, 0))
-
-    async def _uses(self, rows: Rows) -> np.ndarray:
-        """How often each row's group was consumed: int64 ``[rows]``."""
-        counted = await self._in_log(lambda: self._log.uses(oldest_id=int(rows["id"].min(initial=1 << 62))))
-        uses = np.zeros(len(rows), dtype=np.int64)
-        at = np.searchsorted(counted[:, 0], rows["id"])
-        found = at < len(counted)
-        found[found] = counted[at[found], 0] == rows["id"][found]
-        uses[found] = counted[at[found], 1]
-        return uses
-
-    async def _take_in(self, state: ShardState, rows: Rows) -> None:
-        assert self._index is not None
-        new = rows[rows["id"] > state.known_id]
-        await self._set_aside(self._index.arrived(new))
-        state.known_id = int(new["id"].max(initial=state.known_id))
-        self._sweeper.appended(new)
-
-    async def _set_aside(self, reasons: dict[int, str]) -> None:
-        if reasons:
-            await self._in_log(lambda: self._log.set_aside(reasons))
-
     async def _take(self, step: int) -> BatchPlan | None:
         async with self._changed:
             if not self._may_take(step):
                 return None
             assert self._index is not None
-            plan = await self._in_log(self._log.chosen)
+            plan = await self._log.do(lambda log: log.chosen())
             if plan is None:
                 plan = self._index.draw(step)
-                await self._in_log(lambda: self._log.choose(plan))
+                await self._log.do(lambda log: log.choose(plan))
                 self._chosen = plan
                 self._changed.notify_all()
             return plan
 
     async def _quarantine(self, step: int, problems: Mapping[int, str]) -> None:
         async with self._changed:
-            plan = await self._in_log(self._log.chosen)
+            plan = await self._log.do(lambda log: log.chosen())
             if plan is None or plan.step != step:
                 raise ValueError(f"step {step} has no batch to draw anew: it is committed, or was never sampled")
             damaged = {i: DAMAGED for i in problems if i in plan.group_ids}
             assert self._index is not None
-            await self._set_aside(damaged)
-            await self._in_log(self._log.drop_choice)
+            await self._intake.set_aside(damaged)
+            await self._log.do(lambda log: log.drop_choice())
             self._index.undo(plan, damaged)
             self._chosen = None
             self._changed.notify_all()
 
     async def _commit(self, step: int, group_ids: tuple[int, ...]) -> None:
         async with self._changed:
-            await self._in_log(lambda: self._log.commit(step=step, group_ids=group_ids))
+            await self._log.do(lambda log: log.commit(step=step, group_ids=group_ids))
             if step == self._version:
                 assert self._index is not None
                 assert self._chosen is not None
@@ -456,26 +385,3 @@ class ReplayService:
             yield
         finally:
             del self._waits[mark]
-
-    async def _in_log(self, work: Callable[[], T]) -> T:
-        """Do it in the log's thread; a full disk is waited for."""
-        while True:
-            try:
-                result = await self._ask_log(work)
-            except DiskFull as error:
-                self._trouble = f"{error}; make room, it then goes on by itself"
-                await asyncio.sleep(RETRY_S)
-            else:
-                self._trouble = ""
-                return result
-
-    async def _ask_log(self, work: Callable[[], T]) -> T:
-        if self._closed:
-            raise ReplayError(f"replay store {self._log.path} is closed")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-
-def _not_empty(path: Path, what: str) -> ValueError:
-    return ValueError(
-        f"replay store {path} holds {what} of an earlier run: resume it with --resume, or choose another name"
-    )

@@ -205,7 +205,9 @@ class ShardStore:
             return
         payload, problem = self._read_one(group_id)
         if payload is None:
-            yield problem
+            # Beside a writer it may have been evicted since its row was read.
+            if not self._db.column("SELECT 1 FROM groups WHERE id = ? AND evicted_s IS NOT NULL", group_id):
+                yield problem
             return
         try:
             group = decode(payload)

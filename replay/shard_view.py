@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,12 @@ from r2vpo.records import Kind, Outcome
 from replay.database import clear_errors, log_of, reading
 from replay.errors import ReplayError
 
-STATES = ("waiting", "chosen", "consumed", "late", "ahead", "unscored", "damaged", "evicted")
+STATES = ("waiting", "chosen", "consumed", "late", "skipped", "ahead", "unscored", "damaged", "evicted")
 """What a group is at present; of several that apply, the one that decides whether it can still be trained on."""
 
 PROMPT = np.dtype([("epoch", np.int64), ("index", np.int64)])
 """A prompt, as its key says it."""
+# The second way to be skipped: too late to be trained as fresh, and never drawn as stale.
 _STATE = """CASE
     WHEN g.evicted_s IS NOT NULL THEN 'evicted'
     WHEN (SELECT reason FROM log.set_aside a WHERE a.group_id = g.id) IN ('damaged', 'ahead')
@@ -36,7 +38,10 @@ _STATE = """CASE
     WHEN g.num_with_reward < 2 THEN 'unscored'
     WHEN EXISTS (SELECT 1 FROM log.choice h WHERE h.group_id = g.id) THEN 'chosen'
     WHEN EXISTS (SELECT 1 FROM log.consumption c WHERE c.group_id = g.id) THEN 'consumed'
-    ELSE COALESCE((SELECT reason FROM log.set_aside a WHERE a.group_id = g.id), 'waiting')
+    WHEN NOT g.has_signal AND :skip_no_signal = 'all' THEN 'skipped'
+    WHEN NOT EXISTS (SELECT 1 FROM log.set_aside a WHERE a.group_id = g.id) THEN 'waiting'
+    WHEN NOT g.has_signal AND :skip_no_signal = 'stale' THEN 'skipped'
+    ELSE 'late'
 END"""
 _TRAINED = """(SELECT json_group_array(json_array(step, kind)) FROM
     (SELECT c.step, c.kind FROM log.consumption c WHERE c.group_id = g.id ORDER BY c.step))"""
@@ -133,9 +138,10 @@ class StateCounts:
 class ShardView:
     """Read-only; to be used by one thread. ``ReplayError`` with the file and SQLite's words if it cannot be read."""
 
-    def __init__(self, path: Path, log: Path, *, shard: int, shards: int) -> None:
+    def __init__(self, path: Path, log: Path, *, shard: int, shards: int, skip_no_signal: str) -> None:
+        """``skip_no_signal``: which groups with equal rewards are ``skipped``, see ``ReplayConfig.no_signal_rule``."""
         self.path = path
-        self._placement = {"shard": shard, "shards": shards}
+        self._about = {"shard": shard, "shards": shards, "skip_no_signal": skip_no_signal}
         self._opened = ExitStack()
         self._db = self._opened.enter_context(reading(path))
         try:
@@ -178,7 +184,6 @@ class ShardView:
         return self._rows(
             "SELECT c.kind, c.step - g.oldest_version AS lag, COUNT(*) FROM log.consumption c "
             "JOIN groups g ON g.id = c.group_id WHERE (c.group_id - 1) % :shards = :shard GROUP BY c.kind, lag",
-            self._placement,
         )
 
     def uses(self) -> list[tuple[int, int]]:
@@ -186,7 +191,6 @@ class ShardView:
         return self._rows(
             "SELECT uses, COUNT(*) FROM (SELECT COUNT(*) AS uses FROM log.consumption c "
             "WHERE (c.group_id - 1) % :shards = :shard GROUP BY c.group_id) GROUP BY uses",
-            self._placement,
         )
 
     def rewards(self) -> list[tuple[int, int, int, float]]:
@@ -242,13 +246,11 @@ class ShardView:
             for step, group_id in self._rows(
                 f"SELECT step, group_id FROM log.{table} c WHERE (group_id - 1) % :shards = :shard "
                 "AND NOT EXISTS (SELECT 1 FROM groups g WHERE g.id = c.group_id) ORDER BY step, group_id",
-                self._placement,
             ):
                 yield f"step {step} {what} group {group_id}, which {name} does not hold"
         for group_id, reason in self._rows(
             "SELECT group_id, reason FROM log.set_aside a WHERE (group_id - 1) % :shards = :shard "
             "AND NOT EXISTS (SELECT 1 FROM groups g WHERE g.id = a.group_id) ORDER BY group_id",
-            self._placement,
         ):
             yield f"group {group_id} is set aside as {reason}, but {name} does not hold it"
         for step, group_id, key in self._rows(
@@ -279,12 +281,13 @@ class ShardView:
     def _infos(self, rest: str, values: Mapping[str, Any]) -> list[GroupInfo]:
         return [_info(row) for row in self._rows(f"{_INFO} {rest}", values)]
 
-    def _rows(self, sql: str, values: Mapping[str, Any] | Sequence[Any] = ()) -> list[Any]:
+    def _rows(self, sql: str, values: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
+        """``values`` beside those of the shard: ``:shard``, ``:shards`` and ``:skip_no_signal``."""
         with clear_errors(self.path):
             self._db.execute("BEGIN")
             try:
                 self._db.execute("SELECT 1 FROM log.steps LIMIT 1").fetchall()  # the log's snapshot first
-                return self._db.execute(sql, values).fetchall()
+                return self._db.execute(sql, {**self._about, **values}).fetchall()
             finally:
                 self._db.execute("COMMIT")
 

@@ -8,17 +8,16 @@ whether they wait.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from r2vpo.records import BatchPlan
 from replay.config import ReplayConfig
-from replay.consumption import ConsumptionLog
 from replay.eviction import Eviction, merged
 from replay.index import Index
 from replay.limiter import Grant
+from replay.log_thread import LogThread
 from replay.roster import ShardState
 from replay.rows import Rows, by_shard
 
@@ -35,12 +34,11 @@ class Sweeper:
         *,
         shards: Sequence[ShardState],
         changed: asyncio.Condition,
-        log: ConsumptionLog,
-        in_log: Callable[[Callable[[], Any]], Awaitable[Any]],
+        log: LogThread,
     ) -> None:
-        """``in_log`` runs a call in the thread of ``log``; ``changed`` guards index and counts."""
+        """``changed`` guards index and counts."""
         self._eviction = Eviction(config)
-        self._config, self._shards, self._changed, self._log, self._in_log = config, shards, changed, log, in_log
+        self._config, self._shards, self._changed, self._log = config, shards, changed, log
         self._swept_step = 0
         self.held_groups = self.held_bytes = 0
         """Payloads in all shards, also those that are away."""
@@ -92,8 +90,8 @@ class Sweeper:
         pinned_step = self.pinned_step
         async with self._changed:
             needed = await self._needed(index, chosen())
-            consumed = await self._in_log(lambda: self._log.consumed_since(self._swept_step))
-            uses = await self._in_log(lambda: self._log.uses(oldest_id=min(consumed, default=1)))
+            consumed = await self._log.do(lambda log: log.consumed_since(self._swept_step))
+            uses = await self._log.do(lambda log: log.uses(oldest_id=min(consumed, default=1)))
             counted = [(int(i), int(count)) for i, count in uses if i in consumed]
             victims = self._eviction.used_up(counted, needed=needed)
             index.pool.remove(victims)
@@ -102,7 +100,7 @@ class Sweeper:
 
     async def _needed(self, index: Index, chosen: BatchPlan | None) -> set[int]:
         """Groups that wait, are in the batch in work, or were consumed by a step that may be computed again."""
-        consumed = await self._in_log(lambda: self._log.consumed_since(self.pinned_step))
+        consumed = await self._log.do(lambda log: log.consumed_since(self.pinned_step))
         return {*consumed, *index.dispatcher.waiting, *(chosen.group_ids if chosen else ())}
 
     async def _page(self, after: tuple[int, int]) -> Rows:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-from benchmarks.replay.table import Row, run_part, table, write
+from benchmarks.table import Row, run_part, table, write
 
 PARTS = ("crash", "damage", "append", "sample", "peer")
 

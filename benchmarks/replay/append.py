@@ -18,7 +18,7 @@ from statistics import median
 import ray
 
 from benchmarks.replay.groups import GroupMaker
-from benchmarks.replay.table import QUICK, Row, emit, reported
+from benchmarks.table import QUICK, Row, emit, reported
 from r2vpo.job.component import Component, together
 from r2vpo.job.links import ListenerLink, ShardLink
 from replay.actor import ReplayActor, ShardActor

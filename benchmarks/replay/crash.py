@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.replay.groups import GroupMaker
-from benchmarks.replay.table import Row, at_least, at_most, emit
+from benchmarks.table import Row, at_least, at_most, emit
 from replay.config import ReplayConfig
 from replay.consumption import ConsumptionLog
 from replay.errors import ReplayError

@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.replay.groups import GroupMaker
-from benchmarks.replay.table import REPOSITORY, Row, emit
+from benchmarks.table import REPOSITORY, Row, emit
 from replay.config import ReplayConfig
 from replay.consumption import ConsumptionLog
 from replay.errors import ReplayError

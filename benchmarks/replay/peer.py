@@ -25,7 +25,7 @@ from typing import Any, Self
 from benchmarks.replay.append import ROUND, RUN, TOKENS, WRITERS, append_all
 from benchmarks.replay.groups import MEMBERS, GroupMaker
 from benchmarks.replay.sample import BATCH
-from benchmarks.replay.table import QUICK, REPOSITORY, Row, emit, reported
+from benchmarks.table import QUICK, REPOSITORY, Row, emit, reported
 from replay.config import ReplayConfig
 from replay.local import LocalStore
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.replay.groups import GroupMaker
-from benchmarks.replay.table import QUICK, Row, at_most, emit, reported
+from benchmarks.table import QUICK, Row, at_most, emit, reported
 from r2vpo.records import BatchPlan, Draw, Kind
 from replay.config import ReplayConfig
 from replay.consumption import ConsumptionLog

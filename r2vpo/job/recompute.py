@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayError
 
-from learner.checkpoint import final_path, read_state
+from learner.checkpoint import final_path
 from r2vpo.job.cluster import Cluster, close_cluster, open_cluster
 from r2vpo.job.component import plain_message, until_stop
 from r2vpo.job.config import RunConfig
@@ -150,17 +150,4 @@ def _alone(config: RunConfig) -> RunConfig:
 
 
 def _reason(plan: StepPlan, failure: BaseException, scratch: Path) -> str:
-    if plan.checkpoint is not None and not _is_there(plan.checkpoint):
-        return (
-            f"{plan.checkpoint} was removed while it was read, as a run does with its older checkpoints; try again: it "
-            "will begin at one that is left, or else at the model itself"
-        )
     return f"steps {plan.steps.start} to {plan.step} cannot be computed again: {plain_message(failure)} ({scratch})"
-
-
-def _is_there(checkpoint: Path) -> bool:
-    try:
-        read_state(checkpoint)
-    except (ValueError, OSError):
-        return False
-    return True

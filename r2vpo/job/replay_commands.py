@@ -17,6 +17,7 @@ import re
 import sys
 from dataclasses import asdict
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from r2vpo.job.config import load_config
 from r2vpo.job.replay_view import Screen, export_text, group_lines, listing_lines, stats_lines
 from r2vpo.job.rundir import RunDir
 from r2vpo.job.settings import ConfigError
+from replay.config import ReplayConfig
 from replay.errors import ReplayError
 from replay.export import export_parquet
 from replay.reader import StoredGroup, StoreReader
@@ -77,10 +79,18 @@ def run(arguments: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Responses may hold what the terminal's encoding cannot say.
         sys.stdout.reconfigure(errors="backslashreplace")
-    command = {"stats": _stats, "ls": _ls, "show": _show, "verify": _verify, "export": _export}
     path = find_run(arguments.run)
+    settings = _settings(path)
+    command = {
+        "stats": _stats,
+        "ls": _ls,
+        "show": _show,
+        "verify": partial(_verify, settings=settings),
+        "export": _export,
+    }
+    rule = settings.no_signal_rule if settings else "none"
     try:
-        with StoreReader(RunDir(path).replay) as reader:
+        with StoreReader(RunDir(path).replay, skip_no_signal=rule) as reader:
             for sentence in reader.gaps if arguments.replay_command != "verify" else ():
                 _note(sentence)
             code = command[arguments.replay_command](reader, path, arguments)
@@ -159,8 +169,8 @@ def _show(reader: StoreReader, path: Path, arguments: argparse.Namespace) -> int
     return 0
 
 
-def _verify(reader: StoreReader, path: Path, arguments: argparse.Namespace) -> int:
-    bounds = _bounds(path)
+def _verify(reader: StoreReader, path: Path, arguments: argparse.Namespace, *, settings: ReplayConfig | None) -> int:
+    bounds = {"max_lag": settings.max_lag, "max_replay_lag": settings.max_replay_lag} if settings else {}
     problems, silent = 0, arguments.quiet or reader.file_bytes < LONG_BYTES
     for sentence in reader.verify(**bounds, progress=lambda what: None if silent else _note(what)):
         problems += 1
@@ -190,18 +200,17 @@ def _export(reader: StoreReader, path: Path, arguments: argparse.Namespace) -> i
     return PROBLEMS if done.problems else 0
 
 
-def _bounds(path: Path) -> dict[str, int | None]:
-    """The bounds on lag that the run's settings name; none where they cannot be read."""
+def _settings(path: Path) -> ReplayConfig | None:
+    """The store's settings; None, with a note on what cannot be said, where they cannot be read."""
     config = RunDir(path).config
-    if not config.is_file():
-        _note(f"{config} is not there: lags are not checked")
-        return {}
     try:
-        replay = load_config(config).replay
+        if config.is_file():
+            return load_config(config).replay
+        reason = f"{config} is not there"
     except ConfigError as error:
-        _note(f"lags are not checked: {error}")
-        return {}
-    return {"max_lag": replay.max_lag, "max_replay_lag": replay.max_replay_lag}
+        reason = str(error)
+    _note(f"{reason}: lags are not checked, and groups that replay.skip_no_signal leaves out are said to wait")
+    return None
 
 
 def _info_as_json(info: GroupInfo) -> dict[str, Any]:

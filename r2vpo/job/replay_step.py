@@ -1,8 +1,9 @@
 """``r2vpo replay-step RUN --step S``: computes a learner step again from the store, and says whether it is the same.
 
-    run's folder ──▶ StepPlan ──▶ are all batches there? ──▶ recompute (brings Ray) ──▶ compare ──▶ table and sentence
+    run's folder ──▶ StepPlan ──▶ pin ──▶ are all batches there? ──▶ recompute (brings Ray) ──▶ compare ──▶ sentence
 
-Every step on the way from the checkpoint is compared, so that the first one that differs is found.
+The checkpoint is pinned, since a run that goes on removes its older ones. Every step on the way from it is compared, so
+that the first one that differs is found.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from learner.checkpoint import pinned
 from r2vpo.job.config import RayConfig
 from r2vpo.job.differences import Comparison, closing, compare, first_difference, table
 from r2vpo.job.replay_commands import find_run
 from r2vpo.job.rundir import RunDir
 from r2vpo.job.settings import ConfigError
-from r2vpo.job.step_plan import StepPlan, make_plan
+from r2vpo.job.step_plan import StepPlan, make_plan, removed_meanwhile
 from replay.errors import ReplayError
 from replay.reader import StoreReader
 
@@ -61,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     folder = RunDir(find_run(arguments.run))
     ray = RayConfig(address=arguments.ray_address)
     plan = make_plan(folder, step=arguments.step, checkpoint=arguments.checkpoint).on(ray)
-    comparisons, rounding = _compute(folder, plan, ray)
+    with kept(plan) as lasting:
+        comparisons, rounding = _compute(folder, lasting, ray)
     if not comparisons:
         return INTERRUPTED
     sentence = closing(comparisons, origin=plan.origin, rounding=rounding)
@@ -71,6 +76,28 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         show(plan, comparisons, sentence, rounding)
     return SAME if first_difference(comparisons) is None else DIFFERENT
+
+
+@contextmanager
+def kept(plan: StepPlan) -> Iterator[StepPlan]:
+    """The same plan from a checkpoint that stays until the context ends.
+
+    ``ConfigError`` if the run removes it before that, or if there is no room for a copy of it.
+    """
+    if plan.checkpoint is None:
+        yield plan
+        return
+    with ExitStack() as until_done:
+        try:
+            checkpoint = until_done.enter_context(pinned(plan.checkpoint))
+        except ValueError:
+            raise removed_meanwhile(plan.checkpoint) from None
+        except OSError as error:
+            raise ConfigError(
+                f"{plan.checkpoint} cannot be linked or copied, so that it stays while it is read: "
+                f"{error.strerror or error}; make room in {error.filename2 or error.filename or plan.checkpoint.parent}"
+            ) from error
+        yield replace(plan, checkpoint=checkpoint)
 
 
 def _compute(folder: RunDir, plan: StepPlan, ray: RayConfig) -> tuple[list[Comparison], float]:

@@ -145,9 +145,20 @@ def effective(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def removed_meanwhile(checkpoint: Path) -> ConfigError:
+    """The run that goes on has removed a checkpoint that was about to be used."""
+    return ConfigError(
+        f"{checkpoint} was removed while it was read: a run keeps only its newest checkpoints; raise "
+        "learner.keep_checkpoints, or use a later step"
+    )
+
+
 def _check_fit(checkpoint: Path, config: RunConfig) -> None:
     """Refuse a checkpoint that was written with other settings, such as after an edit of config.yaml."""
-    state = read_state(checkpoint)
+    try:
+        state = read_state(checkpoint)
+    except ValueError:
+        raise removed_meanwhile(checkpoint) from None
     learner = config.learner
     pairs = {
         "seed": (state["seed"], config.seed),

@@ -52,9 +52,8 @@ def recomputed(run: Path, step: int) -> dict[str, Any]:
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """Every file of the run but what SQLite makes to read beside a writer."""
-    files = (path for path in run.rglob("*") if path.is_file() and not path.name.endswith(("-shm", "-wal")))
-    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+    """Every file of the run."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def damage(run: Path, group_ids: Sequence[int]) -> None:

@@ -31,6 +31,7 @@ def run(tmp_path, monkeypatch):
         stored.append(*(make_group(index, version=index) for index in range(4)))
         stored.train(0, fresh=[1])
         stored.train(1, fresh=[2], stale=[1])
+    configure(folder)
     return folder
 
 
@@ -199,13 +200,15 @@ def test_verify_checks_lags_against_the_settings_of_the_run(run, said):
     assert said("verify", "toy", "--quiet").out.count("\n") == 1
 
 
-def test_verify_says_when_it_has_no_settings_to_check_lags_against(run, said):
+def test_without_the_settings_of_the_run_it_is_said_what_they_would_tell(run, said):
+    (run / "config.yaml").unlink()
     result = said("verify", "toy")
     assert result.code == 0
     assert "config.yaml is not there: lags are not checked" in result.err
     (run / "config.yaml").write_text("replay: [")
     result = said("verify", "toy")
-    assert (result.code, "lags are not checked: " in result.err) == (0, True)
+    assert (result.code, ": lags are not checked" in result.err) == (0, True)
+    assert "groups that replay.skip_no_signal leaves out are said to wait" in said("ls", "toy").err
 
 
 def test_verify_names_a_damaged_group(run, said):
@@ -222,6 +225,7 @@ def test_what_lies_on_another_host_is_said_on_standard_error(tmp_path, monkeypat
     with StoredRun(tmp_path / "toy" / "replay", shards=2) as stored:
         stored.log.set_hosts({1: "node-b"})
     (tmp_path / "toy" / "replay" / shard_file(1)).unlink()
+    configure(tmp_path / "toy")
     sentence = "shard 1 of 2 is not here: shard-001.sqlite3 lies on host node-b\n"
     for argv in (["stats", "toy"], ["ls", "toy"]):
         result = said(*argv)
@@ -300,3 +304,22 @@ def test_a_terminal_gets_colours_and_a_pipe_does_not(monkeypatch, capsys):
     screen.say(iter([Text("x", style="red")]))
     assert screen.width == 60
     assert capsys.readouterr().out == "\x1b[31mx\x1b[0m\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "counted"),
+    [
+        ({"skip_no_signal": "all"}, "2 waiting, 2 consumed, 1 skipped"),
+        ({"skip_no_signal": "stale"}, "3 waiting, 2 consumed"),
+        ({"sample": "window", "samples_per_insert": 2.0}, "2 waiting, 2 consumed, 1 skipped"),  # takes `stale` as `all`
+    ],
+    ids=str,
+)
+def test_groups_that_the_settings_leave_out_are_skipped_and_do_not_wait(run, said, settings, counted):
+    configure(run, **settings)
+    with StoredRun(run / "replay") as stored:
+        stored.append(make_group(4, rewards=(1.0, 1.0)))
+    assert f"  {counted}\n" in said("stats", "toy").out
+    state = "skipped" if "skipped" in counted else "waiting"
+    assert said("ls", "toy", "--state", state, "--limit", "1").out.splitlines()[1].endswith(state)
+    assert said("show", "toy", "5").out.startswith(f"group 5  prompt 0.4  {state}\n")

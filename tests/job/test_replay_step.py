@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -9,8 +12,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from learner import checkpoint
+from learner.checkpoint import read_state
 from r2vpo import cli
-from r2vpo.job import replay_step
+from r2vpo.job import replay_step, step_plan
 from r2vpo.job.history import NAME
 from r2vpo.job.replay_step import StepProgress
 from r2vpo.records import SampledBatch
@@ -47,9 +52,13 @@ class FakeLearners:
         self.plans = []
         self.changed: dict[int, dict[str, float]] = {}
         self.is_interrupted = False
+        self.meanwhile = lambda: None
 
     def recompute(self, plan, batch_of, *, progress):
         self.plans.append(plan)
+        self.meanwhile()
+        if plan.checkpoint is not None:
+            assert read_state(plan.checkpoint)["version"] == plan.steps.start
         if self.is_interrupted:
             return None
         metrics = {}
@@ -143,6 +152,65 @@ def test_a_shard_on_another_host_is_named_instead_of_each_of_its_groups(past, st
     error = capsys.readouterr().err
     assert "lies on host b; the batch of step 4 has groups there" in error
     assert "group 2" not in error
+
+
+def test_a_run_that_removes_the_checkpoint_meanwhile_does_no_harm(past, learners, capsys):
+    def go_on():
+        past.add_checkpoint(8)
+        checkpoint.prune(past.dir.checkpoints, keep=1)
+
+    learners.meanwhile = go_on
+    assert cli.main(["replay-step", str(past.dir.path), "--step", "5"]) == 0
+    assert "recomputed from checkpoint step-000004" in capsys.readouterr().out
+    assert [path.name for path in past.dir.checkpoints.iterdir()] == ["step-000008"]
+
+
+def test_nothing_of_the_checkpoint_is_left_after_a_failure_or_an_interrupt(past, learners, store, monkeypatch):
+    before = files(past.dir.path)
+
+    def interrupt(reader, plan):
+        raise KeyboardInterrupt
+
+    store.missing = {5: "group 17 was evicted"}
+    assert cli.main(["replay-step", str(past.dir.path), "--step", "6"]) == 2
+    assert files(past.dir.path) == before
+    monkeypatch.setattr(replay_step, "check_batches", interrupt)
+    assert cli.main(["replay-step", str(past.dir.path), "--step", "6"]) == 130
+    assert files(past.dir.path) == before
+
+
+@pytest.mark.parametrize("moment", ["before it is read", "before it is pinned"])
+def test_a_checkpoint_that_is_removed_too_soon_is_one_sentence(past, learners, capsys, monkeypatch, moment):
+    def remove_first(call):
+        def wrapped(path):
+            checkpoint._remove(path)
+            return call(path)
+
+        return wrapped
+
+    module, name = {"before it is read": (step_plan, "read_state"), "before it is pinned": (replay_step, "pinned")}[
+        moment
+    ]
+    monkeypatch.setattr(module, name, remove_first(getattr(module, name)))
+    assert cli.main(["replay-step", str(past.dir.path), "--step", "5"]) == 2
+    error = capsys.readouterr().err
+    assert "step-000004 was removed while it was read" in error
+    assert "raise learner.keep_checkpoints, or use a later step" in error
+    assert error.count("\n") == 1
+    assert learners.plans == []
+
+
+def test_no_room_for_a_copy_of_the_checkpoint_is_one_sentence(past, learners, capsys, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    assert cli.main(["replay-step", str(past.dir.path), "--step", "5"]) == 2
+    error = capsys.readouterr().err
+    assert "step-000004 cannot be linked or copied" in error
+    assert "No space left on device" in error
+    assert error.count("\n") == 1
 
 
 def test_a_missing_batch_that_no_step_needs_does_no_harm(past, store, learners):

@@ -1,3 +1,8 @@
+import errno
+import fcntl
+import os
+import shutil
+
 import pytest
 
 from learner import checkpoint
@@ -75,3 +80,97 @@ def test_writing_a_step_again_replaces_it(tmp_path):
     path = write(tmp_path, 50, state={"attempt": 2})
     assert checkpoint.read_state(path) == {"attempt": 2}
     assert names(tmp_path) == ["step-000050"]
+
+
+def test_a_pinned_checkpoint_outlives_its_removal_and_is_gone_afterwards(tmp_path):
+    path = write(tmp_path, 50)
+    (path / "deepspeed").mkdir()
+    (path / "deepspeed" / "optimizer").write_text("moments")
+    with checkpoint.pinned(path) as pin:
+        assert (pin / "weights").samefile(path / "weights"), "links take no space"
+        write(tmp_path, 60)
+        checkpoint.prune(tmp_path, keep=1)
+        assert not path.exists()
+        assert pin.name == "step-000050"
+        assert checkpoint.read_state(pin) == {"version": 50}
+        assert (pin / "weights").read_text() == "weights of 50"
+        assert (pin / "deepspeed" / "optimizer").read_text() == "moments"
+        assert list(checkpoint.complete(tmp_path)) == [60], "a resume never begins at a pin"
+    assert names(tmp_path) == ["step-000060"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_pin_goes_however_its_use_ends(tmp_path, error):
+    path = write(tmp_path, 50)
+    with pytest.raises(error), checkpoint.pinned(path):
+        raise error
+    assert names(tmp_path) == ["step-000050"]
+
+
+def test_where_no_links_can_be_made_a_pin_is_a_copy(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError(errno.EXDEV, "another file system")
+
+    path = write(tmp_path, 50)
+    monkeypatch.setattr(os, "link", refuse)
+    with checkpoint.pinned(path) as pin:
+        assert not (pin / "weights").samefile(path / "weights")
+        assert (pin / "weights").read_text() == "weights of 50"
+        assert checkpoint.read_state(pin) == {"version": 50}
+
+
+def test_where_nothing_can_be_written_beside_it_a_pin_lies_elsewhere(tmp_path, monkeypatch):
+    real = checkpoint.tempfile.mkdtemp
+
+    def elsewhere_only(*, prefix, dir=None):
+        if dir is not None:
+            raise PermissionError(errno.EACCES, "not yours", str(dir))
+        return real(prefix=prefix, dir=tmp_path / "elsewhere")
+
+    path = write(tmp_path / "run", 50)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(checkpoint.tempfile, "mkdtemp", elsewhere_only)
+    with checkpoint.pinned(path) as pin:
+        assert pin.parents[1] == tmp_path / "elsewhere"
+        assert checkpoint.read_state(pin) == {"version": 50}
+    assert names(tmp_path / "elsewhere") == []
+
+
+@pytest.mark.parametrize("removed_after", [0, 1, 2])
+def test_a_checkpoint_that_is_removed_while_it_is_pinned_is_never_half_a_one(tmp_path, monkeypatch, removed_after):
+    path = write(tmp_path, 50)
+    real, calls = os.link, []
+
+    def link(source, target):
+        if len(calls) == removed_after:
+            checkpoint._remove(path)
+        calls.append(source)
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", link)
+    removed = "step-000050 is not there, or was removed while it was read"
+    with pytest.raises(ValueError, match=removed), checkpoint.pinned(path):
+        pytest.fail("half a checkpoint was given out")
+    assert len(calls) == removed_after + 1
+    assert names(tmp_path) == []
+
+
+def test_what_a_killed_process_had_pinned_goes_with_the_next_pin_and_what_is_held_stays(tmp_path):
+    path = write(tmp_path, 50)
+    for name in (".pinned-held", ".pinned-left"):
+        shutil.copytree(path, tmp_path / name / "step-000040")
+    held = os.open(tmp_path / ".pinned-held", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        with checkpoint.pinned(path):
+            assert not (tmp_path / ".pinned-left").exists()
+        assert names(tmp_path) == [".pinned-held", "step-000050"]
+    finally:
+        os.close(held)
+
+
+def test_the_state_of_a_checkpoint_whose_removal_has_begun_is_refused(tmp_path):
+    path = write(tmp_path, 50)
+    (path / "trainer.json").unlink()
+    with pytest.raises(ValueError, match="step-000050 is not there, or was removed while it was read"):
+        checkpoint.read_state(path)

@@ -1,9 +1,12 @@
 import shutil
 import socket
+from collections import Counter
+from contextlib import closing
 
 import pytest
 
 from r2vpo.records import Kind
+from replay.consumption import ConsumptionLog
 from replay.errors import ReplayError
 from replay.reader import StoreReader
 from replay.schema import CONSUMPTION_FILE, shard_file
@@ -321,15 +324,118 @@ def test_a_group_evicted_between_its_row_and_its_payload_is_evicted_not_damaged(
     assert (rows[0].state, found.info.state, found.group) == ("waiting", "evicted", None)
 
 
-def test_reading_changes_no_file(stored):
-    before = {file.name: file.read_bytes() for file in stored.iterdir()}
+def test_a_group_evicted_while_the_store_is_verified_is_no_problem(stored):
+    tamper(stored / SHARD, "UPDATE payloads SET payload = zeroblob(9) WHERE group_id = 1")
+    with StoredRun(stored) as run, StoreReader(stored) as reader:
+        problems = reader.verify()
+        assert "group 1 is damaged" in next(problems)  # all rows have been read, and no payload behind it
+        run.evict(2)
+        assert list(problems) == []
+
+
+def test_steps_that_are_committed_while_the_log_is_verified_are_no_problem(stored):
+    with StoredRun(stored) as run, closing(ConsumptionLog(stored / CONSUMPTION_FILE, read_only=True)) as log:
+
+        def go_on(sql):
+            version = run.log.version
+            run.train(version, stale=[1])
+            run.choose(version + 1, stale=[1])
+
+        log._db._connection.set_trace_callback(go_on)  # before each of the reader's queries
+        assert list(log.verify()) == []
+        log._db._connection.set_trace_callback(None)
+        assert log.version > 3 + 3
+
+
+@pytest.mark.parametrize(
+    ("rule", "waits", "late"),
+    [("none", "waiting", "late"), ("stale", "waiting", "skipped"), ("all", "skipped", "skipped")],
+)
+def test_what_is_never_drawn_for_want_of_signal_is_skipped(tmp_path, rule, waits, late):
+    with StoredRun(tmp_path) as run:
+        run.append(*(make_group(index, rewards=(1.0, 1.0)) for index in range(3)))
+        run.append(make_group(3), make_group(4), unscored_group(5))
+        run.train(0, fresh=[1])
+        run.log.set_aside({3: "late", 5: "late"})
+    with StoreReader(tmp_path, skip_no_signal=rule) as reader:
+        expected = {1: "consumed", 2: waits, 3: late, 4: "waiting", 5: "late", 6: "unscored"}
+        assert states(reader) == expected
+        counted = {name: count for name, count in reader.stats().states.items() if count}
+        assert counted == Counter(expected.values())
+        skipped = [i for i, state in expected.items() if state == "skipped"]
+        assert reader.count(GroupFilter(state="skipped")) == len(skipped)
+        assert [info.id for info in reader.newest(GroupFilter(state="skipped"), limit=9)] == sorted(skipped)[::-1]
+
+
+@pytest.mark.parametrize(("gone", "named", "end"), [(5, 5, "5 was evicted"), (12, 5, "5 was evicted and 7 more")])
+def test_of_many_groups_that_cannot_be_read_a_few_are_named(tmp_path, gone, named, end):
+    ids = list(range(1, gone + 1))
+    with StoredRun(tmp_path) as run:
+        run.append(*(make_group(index) for index in range(gone)))
+        run.train(0, fresh=ids)
+        for group_id in ids:
+            run.evict(group_id)
+    with StoreReader(tmp_path) as reader, pytest.raises(ReplayError) as failure:
+        reader.batch(0)
+    assert str(failure.value).count("was evicted") == named
+    assert str(failure.value).endswith(end)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_reading_changes_no_file_and_leaves_none(stored):
+    before = contents(stored)
     with StoreReader(stored) as reader:
         reader.stats()
         assert list(reader.verify()) == []
         assert len(list(reader.groups())) == 6
-    assert {
-        file.name: file.read_bytes() for file in stored.iterdir() if not file.name.endswith(("-wal", "-shm"))
-    } == before
+    assert contents(stored) == before
+
+
+def test_the_last_of_several_readers_leaves_no_file(stored):
+    before = contents(stored)
+    with StoreReader(stored) as last:
+        with StoreReader(stored) as first:
+            first.stats()
+        assert last.stats().groups == 6
+        assert contents(stored) != before, "SQLite keeps files beside those that are open"
+    assert contents(stored) == before
+
+
+def test_a_reader_that_fails_leaves_no_file(two_shards):
+    for shard in range(2):
+        (two_shards / shard_file(shard)).write_bytes(b"no database" * 1000)
+    before = contents(two_shards)
+    with pytest.raises(ReplayError):
+        StoreReader(two_shards)
+    assert contents(two_shards) == before
+
+
+def test_a_run_that_begins_while_it_is_read_keeps_its_logs(stored):
+    reader = StoreReader(stored)
+    reader.stats()
+    with StoredRun(stored) as run:
+        run.append(make_group(6))
+        reader.close()
+        assert (stored / f"{SHARD}-wal").exists()
+        run.append(make_group(7))
+    with StoreReader(stored) as again:
+        assert again.stats().groups == 8
+
+
+@pytest.mark.parametrize("groups", [0, 1])
+def test_the_log_of_a_run_that_was_killed_stays_even_if_it_is_empty(tmp_path, stored, groups):
+    with StoredRun(stored) as run:
+        run.append(*(make_group(6 + index) for index in range(groups)))
+        killed = shutil.copytree(stored, tmp_path / "killed")
+    assert ((killed / f"{SHARD}-wal").stat().st_size > 0) == (groups > 0)
+    before = {name: content for name, content in contents(killed).items() if not name.endswith("-shm")}
+    for _ in range(2):
+        with StoreReader(killed) as reader:
+            assert reader.stats().groups == 6 + groups
+    assert {name: content for name, content in contents(killed).items() if not name.endswith("-shm")} == before
 
 
 def test_shards_without_their_log_are_named_however_many_there_are(tmp_path):

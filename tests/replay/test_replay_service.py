@@ -397,7 +397,7 @@ async def test_a_full_disk_holds_the_append_says_so_and_goes_on_when_there_is_ro
 
 
 async def test_a_full_disk_holds_the_commit_and_loses_nothing(start, monkeypatch):
-    monkeypatch.setattr("replay.service.RETRY_S", 0.001)
+    monkeypatch.setattr("replay.log_thread.RETRY_S", 0.001)
     service = await start()
     await answer(service, count=2)
     batch = await service.sample(step=0, timeout_s=SOON)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 QUICK = bool(os.environ.get("QUICK"))
 """Fewer repetitions, the same rows and targets."""
 RESULTS = REPOSITORY / "benchmarks" / "results"

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from learner.packing import Bins, deal_to_ranks, level
-from r2vpo.algorithm.advantages import group_advantages
+from r2vpo.algorithm.advantages import batch_advantages
 from r2vpo.algorithm.minibatches import split_minibatches
-from r2vpo.algorithm.objectives import TokenBatch, needs_proximal
+from r2vpo.algorithm.objectives import needs_proximal
+from r2vpo.algorithm.tokens import TokenBatch
 from r2vpo.records import Kind, SampledBatch, Trajectory
 
 
@@ -64,13 +65,18 @@ class TrainingBatch:
     """``[rank][micro-batch]``: the samples of each rank whose ``logp_prox`` must be computed."""
 
     def num_tokens(self, minibatch: int) -> int:
-        """Trained tokens of a minibatch over all ranks: the denominator of its loss."""
+        """Trained tokens of a minibatch over all ranks."""
         return sum(len(self.samples[i].lag_N) for i in self.minibatches[minibatch])
 
+    def num_trajectories(self, minibatch: int) -> int:
+        """Trajectories that train in a minibatch, over all ranks."""
+        return len(self.minibatches[minibatch])
+
     @property
-    def has_signal(self) -> bool:
-        """Whether any trajectory has an advantage other than 0."""
-        return any(s.advantage != 0 for s in self.samples)
+    def signal_share(self) -> float:
+        """Share of the trained tokens whose advantage is not 0."""
+        signal = sum(len(s.lag_N) for s in self.samples if s.advantage != 0)
+        return signal / max(sum(len(s.lag_N) for s in self.samples), 1)
 
 
 def collate(
@@ -85,15 +91,16 @@ def collate(
 ) -> TrainingBatch:
     """Lay out ``batch``. Trajectories without a verdict or without a sampled token are left out entirely.
 
-    ``advantage`` is the mode of `group_advantages`; ``exact_engine`` says that the behaviour log-probs of the current
+    ``advantage`` is the mode of `batch_advantages`; ``exact_engine`` says that the behaviour log-probs of the current
     version are those of the learner to rounding, so that only trajectories with a stale token need ``logp_prox``.
     """
+    advantages = batch_advantages([sampled.group.rewards_G for sampled in batch.groups], mode=advantage)
     samples: list[Sample] = []
     members: list[tuple[int, ...]] = []
     for groups in split_minibatches(batch, minibatches=minibatches, seed=seed):
         first = len(samples)
         for g in groups:
-            samples += _samples(batch, g, advantage=advantage, exact_engine=exact_engine)
+            samples += _samples(batch, g, advantages[g], exact_engine=exact_engine)
         members.append(tuple(range(first, len(samples))))
     train = tuple(_deal(samples, indices, ranks, micro_batch_tokens) for indices in members)
     return TrainingBatch(
@@ -150,6 +157,8 @@ class MicroBatch:
     """float32 ``[N]``."""
     draw_weight_N: Tensor
     """float32 ``[N]``."""
+    sequence_N: Tensor
+    """int64 ``[N]``: index of the token's trajectory in the row; a row holds whole trajectories."""
     lag_N: Tensor
     """int64 ``[N]``."""
 
@@ -165,6 +174,7 @@ class MicroBatch:
             behavior_logp_N=self.behavior_logp_N,
             advantage_N=self.advantage_N,
             draw_weight_N=self.draw_weight_N,
+            sequence_N=self.sequence_N,
         )
 
 
@@ -194,6 +204,7 @@ def pack(samples: Sequence[Sample], logp_prox: Sequence[np.ndarray | None]) -> M
         logp_prox_N=_float32(proximal),
         advantage_N=_float32([np.full(len(s.lag_N), s.advantage) for s in samples]),
         draw_weight_N=_float32([np.full(len(s.lag_N), s.draw_weight) for s in samples]),
+        sequence_N=_int64(np.repeat(np.arange(len(samples)), [len(s.lag_N) for s in samples])),
         lag_N=_int64(np.concatenate([np.zeros(0, np.int64), *(s.lag_N for s in samples)])),
     )
 
@@ -205,11 +216,10 @@ def unpack(samples: Sequence[Sample], values_N: np.ndarray) -> list[np.ndarray]:
     return np.split(values_N, ends[:-1])
 
 
-def _samples(batch: SampledBatch, index: int, *, advantage: str, exact_engine: bool) -> list[Sample]:
+def _samples(batch: SampledBatch, index: int, advantage_G: np.ndarray, *, exact_engine: bool) -> list[Sample]:
     sampled = batch.groups[index]
-    advantages = group_advantages(sampled.group.rewards_G, mode=advantage)
     samples = []
-    for t, a in zip(sampled.group.trajectories, advantages, strict=True):
+    for t, a in zip(sampled.group.trajectories, advantage_G, strict=True):
         if not t.outcome.has_reward or t.num_trained_tokens == 0:
             continue
         if t.loss_mask_T[0]:

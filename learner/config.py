@@ -18,7 +18,9 @@ class LearnerConfig:
     groups_per_step: int = 32
     """Groups in one batch, fresh and stale together."""
     minibatches: int = 4
-    """Optimiser steps per learner step; each sees its share of the batch."""
+    """Optimiser steps per pass over the batch; each sees its share of it."""
+    passes: int = 1
+    """Passes over the batch of a learner step; it ends sooner once its budget is used up (algorithm.end_early)."""
     lr: float = 1e-6
     """Nominal learning rate of AdamW, before warm-up and step control."""
     warmup_steps: int = 10
@@ -59,7 +61,15 @@ class LearnerConfig:
     """Seconds a learner step may take."""
 
     def __post_init__(self) -> None:
-        for key in ("ranks", "steps", "groups_per_step", "minibatches", "micro_batch_tokens", "keep_checkpoints"):
+        for key in (
+            "ranks",
+            "steps",
+            "groups_per_step",
+            "minibatches",
+            "passes",
+            "micro_batch_tokens",
+            "keep_checkpoints",
+        ):
             require.at_least(f"learner.{key}", getattr(self, key), 1)
         for key in ("lr", "adam_eps", "grad_clip", "bucket_mb", "step_timeout_s"):
             require.positive(f"learner.{key}", getattr(self, key))

@@ -12,7 +12,7 @@ arithmetic is that of `r2vpo.algorithm.reference.ReferenceTrainer`, and a test c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import nan
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,11 +30,11 @@ from learner.export import export_model
 from learner.logprobs import token_logprobs
 from learner.metrics import batch_metrics
 from learner.publish import bucket_names, canary_tokens, encode_bucket
+from r2vpo.algorithm.budget import Budget
 from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.algorithm.diagnostics import LagDiagnostics
-from r2vpo.algorithm.dual import make_dual
-from r2vpo.algorithm.objectives import objective, second_moment_sum
-from r2vpo.algorithm.step_control import make_step_control, warmup_factor
+from r2vpo.algorithm.objectives import loss_denominator, objective, second_moment_sum
+from r2vpo.algorithm.step_control import warmup_factor
 from r2vpo.records import Canary, SampledBatch, WeightManifest
 
 Payload = TypeVar("Payload")
@@ -78,9 +78,9 @@ class LearnerTrainer:
         current version serve as proximal ones; ``seed`` is that of the split into minibatches;
         ``canary_text`` a prompt of the task, by which engines prove that they hold the right weights.
         """
+        assert algorithm.name != "m2po", "its mask needs a whole minibatch in one pass; RunConfig refuses it"
         self.engine = LearnerEngine(config, model_path=model_path)
-        self.dual = make_dual(algorithm)
-        self.step_control = make_step_control(algorithm)
+        self.budget = Budget(algorithm)
         self.version = 0
         """The next learner step, and the version of the weights."""
         self.num_optimizer_steps = 0
@@ -116,13 +116,9 @@ class LearnerTrainer:
         logp_prox = self._proximal(layout)
         prepared = time.perf_counter()
         diagnostics = self._diagnostics()
-        steps = [
-            self._optimizer_step(layout, m, logp_prox, diagnostics)
-            for m in range(len(layout.minibatches))
-            if layout.num_tokens(m) > 0
-        ]
+        trained = [m for m in range(len(layout.minibatches)) if layout.num_tokens(m) > 0]
+        steps = self._optimizer_steps(layout, trained * self._config.passes, logp_prox, diagnostics)
         applied = [s for s in steps if s.applied]
-        self.step_control.update([s.second_moment for s in applied] if layout.has_signal else ())
         self.engine.all_reduce(diagnostics.sums)
         self.version += 1
         return {
@@ -130,7 +126,10 @@ class LearnerTrainer:
             **diagnostics.metrics(),
             **batch_metrics(batch, layout),
             "learner/bad_steps": float(len(steps) - len(applied)),
-            "learner/empty_minibatches": float(len(layout.minibatches) - len(steps)),
+            "learner/empty_minibatches": float(len(layout.minibatches) - len(trained)),
+            "learner/optimizer_steps": float(len(applied)),
+            "control/signal_share": layout.signal_share,
+            "control/ended_early": float(len(steps) < len(trained) * self._config.passes),
             "time/collate_s": collated - started,
             "time/prox_s": prepared - collated,
             "time/train_s": time.perf_counter() - prepared,
@@ -196,8 +195,7 @@ class LearnerTrainer:
         return {
             "version": self.version,
             "optimizer_steps": self.num_optimizer_steps,
-            "dual": self.dual.state_dict(),
-            "step_control": self.step_control.state_dict(),
+            "budget": self.budget.state_dict(),
             "seed": self._seed,
             "ranks": self.engine.world_size,
             "zero_stage": self._config.zero_stage,
@@ -217,8 +215,7 @@ class LearnerTrainer:
                 raise ValueError(
                     f"{key}={given}, but the checkpoint was written with {saved}; resume with {key}={saved}"
                 )
-        self.dual.load_state_dict(state["dual"])
-        self.step_control.load_state_dict(state["step_control"])
+        self.budget.load_state_dict(state["budget"])
         self.version = state["version"]
         self.num_optimizer_steps = state["optimizer_steps"]
         torch.set_rng_state(torch.from_numpy(np.frombuffer(bytes.fromhex(state["rng"]), dtype=np.uint8).copy()))
@@ -235,16 +232,34 @@ class LearnerTrainer:
                     logp_prox.update(zip(members, unpack(samples, logp_N.cpu().numpy()), strict=True))
         return logp_prox
 
+    def _optimizer_steps(
+        self,
+        layout: TrainingBatch,
+        minibatches: Sequence[int],
+        logp_prox: dict[int, np.ndarray],
+        diagnostics: LagDiagnostics,
+    ) -> list[OptimizerStep]:
+        """One per minibatch, in order, as far as the budget reaches; all ranks stop at the same one."""
+        steps: list[OptimizerStep] = []
+        self.budget.begin(signal_share=layout.signal_share)
+        for m in minibatches:
+            steps.append(self._optimizer_step(layout, m, logp_prox, diagnostics))
+            if steps[-1].applied and not self.budget.observe(steps[-1].second_moment):
+                break
+        self.budget.end()
+        return steps
+
     def _optimizer_step(
         self, layout: TrainingBatch, minibatch: int, logp_prox: dict[int, np.ndarray], diagnostics: LagDiagnostics
     ) -> OptimizerStep:
         num_tokens = layout.num_tokens(minibatch)
+        denominator = loss_denominator(self._algorithm, num_tokens, layout.num_trajectories(minibatch))
         bins = layout.train[minibatch][self.engine.rank]
         sums = torch.zeros(3, dtype=torch.float64, device=self.engine.device)
         seen = self._diagnostics()
         for i, members in enumerate(bins):
             micro_batch = pack([layout.samples[j] for j in members], [logp_prox.get(j) for j in members])
-            loss = self._forward(micro_batch.to(self.engine.device), num_tokens, sums, seen)
+            loss = self._forward(micro_batch.to(self.engine.device), denominator, sums, seen)
             last = i == len(bins) - 1
             if last:
                 self.engine.all_reduce(sums)
@@ -254,21 +269,20 @@ class LearnerTrainer:
                     loss = loss * nan
             self.engine.backward(loss, last=last)
         lr = self._config.lr * warmup_factor(self.num_optimizer_steps, self._config.warmup_steps)
-        lr *= self.step_control.scale
+        lr *= self.budget.scale
         grad_norm, applied = self.engine.step(lr)
         loss_sum, second_moment, entropy = sums.tolist()
         result = OptimizerStep(loss_sum, second_moment / num_tokens, entropy / num_tokens, grad_norm, lr, applied)
         if applied:
             self.num_optimizer_steps += 1
-            self.dual.update(result.second_moment)
             diagnostics.sums += seen.sums
         return result
 
-    def _forward(self, micro_batch: MicroBatch, num_tokens: int, sums: Tensor, seen: LagDiagnostics) -> Tensor:
+    def _forward(self, micro_batch: MicroBatch, denominator: float, sums: Tensor, seen: LagDiagnostics) -> Tensor:
         """The micro-batch's share of the loss; adds to ``sums``: loss, Σc·(u-1)², Σ entropy."""
         logp_N, entropy_N = self._logprobs(micro_batch.row, temperature=self._temperature)
         tokens = micro_batch.tokens(logp_N)
-        loss = self._objective(tokens, num_tokens, self.dual.lam)
+        loss = self._objective(tokens, denominator, self.budget.lam)
         sums += torch.stack([loss.detach().double(), second_moment_sum(tokens), entropy_N.sum().double()])
         seen.add(tokens, micro_batch.lag_N)
         return loss
@@ -281,9 +295,9 @@ class LearnerTrainer:
 
     def _step_metrics(self, applied: list[OptimizerStep]) -> dict[str, float]:
         metrics = {
-            "dual/lambda": self.dual.lam,
-            "dual/saturated": float(self.dual.saturated),
-            "control/scale": self.step_control.scale,
+            "dual/lambda": self.budget.lam,
+            "dual/saturated": float(self.budget.dual.saturated),
+            "control/scale": self.budget.scale,
         }
         if applied:
             second_moments = [s.second_moment for s in applied]

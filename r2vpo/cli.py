@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-from r2vpo.job import replay_commands, replay_step
+from r2vpo.job import plan, replay_commands, replay_step
 from r2vpo.job.config import RunConfig, check_resumable, load_config, to_yaml
 from r2vpo.job.history import record_start
 from r2vpo.job.preflight import preflight
@@ -33,6 +33,7 @@ examples:
   r2vpo train configs/quickstart.yaml name=mine learner.steps=200 rollout.workers=2
   r2vpo train runs/mine/config.yaml --resume learner.steps=400
   r2vpo config configs/quickstart.yaml learner.lr=1e-4
+  r2vpo plan configs/quickstart.yaml rollout.workers=2
   r2vpo replay stats mine
   r2vpo replay-step mine --step 73
 """
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands = {
             "train": _train,
             "config": _show_config,
+            "plan": plan.run,
             "replay": replay_commands.run,
             "replay-step": replay_step.run,
         }
@@ -96,6 +98,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parents=[shared],
         help="print the resolved settings",
         description="Print every setting as the run would have it, checked, as YAML.",
+    )
+    plan.add_arguments(
+        commands.add_parser(
+            "plan",
+            parents=[shared],
+            help="say what a run will do and need, and whether it can work",
+            description="Say what a run will do, need and take, before anything starts, also for machines that are not "
+            "here. Nothing is created.",
+            epilog=plan.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
     )
     replay_step.add_arguments(
         commands.add_parser(

@@ -53,7 +53,10 @@ class RolloutActor:
         tokenize = make_tokenize(model_path, chat=task.chat, trust_remote_code=trust_remote_code)
         the_task = make_task(task, seed=seed)
         rewards = RewardPool(
-            task.reward or the_task.reward, processes=task.reward_processes, deadline_s=task.reward_deadline_s
+            task.reward or the_task.reward,
+            processes=task.reward_processes,
+            deadline_s=task.reward_deadline_s,
+            memory_mb=task.reward_memory_mb,
         )
         await rewards.start()
         engine = await engine_module.RolloutEngine.start(

@@ -32,6 +32,8 @@ class TaskConfig:
     """`module:function` that scores `(response, truth)`; null takes the task's own (dataset: math-verify)."""
     reward_deadline_s: float = 10.0
     """Seconds a single verdict may take before its process is killed."""
+    reward_memory_mb: int = 2048
+    """MiB of memory that a process computing verdicts and all it starts may hold before they are killed."""
     reward_processes: int = 1
     """Processes per rollout worker that compute verdicts."""
     eval_prompts: int = 512
@@ -42,6 +44,7 @@ class TaskConfig:
     def __post_init__(self) -> None:
         require.one_of("task.name", self.name, ("arithmetic", "dataset"))
         require.positive("task.reward_deadline_s", self.reward_deadline_s)
+        require.at_least("task.reward_memory_mb", self.reward_memory_mb, 64)
         require.at_least("task.reward_processes", self.reward_processes, 1)
         require.at_least("task.eval_prompts", self.eval_prompts, 1)
         if self.name == "dataset" and not self.path:

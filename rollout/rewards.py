@@ -1,10 +1,10 @@
 """Verdicts from processes that can be killed.
 
-    score(items) ──▶ an idle process ──[[response, truth], …]──▶ reward_process.py
-                            ◀──[outcome, reward, error] per item──
+    score(items) ──▶ an idle guard ──[[response, truth], …]──▶ reward_guard.py ──▶ reward_process.py
+                          ◀──["verdict", outcome, reward, error] per item──
 
-A verdict streams back as soon as it is there. So when an item hangs or takes its process down, it is known which: it
-alone becomes ``timeout`` or ``error``, and a new process goes on with the item after it.
+The guard answers every item, whatever becomes of the reward that it watches. What is here starts the guards, shares the
+work among them, and goes on with a new one should a reward manage to kill its guard.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -22,13 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from r2vpo.records import Outcome
+from rollout.reward_guard import START_TIMEOUT_S
 
-START_TIMEOUT_S = 120.0
-"""Longest time that importing a reward may take (seconds)."""
-GRACE_S = 0.05
-"""How long to look once more after a deadline (seconds): an event loop that stood still finds the verdict waiting."""
+LATE_S = 30.0
+"""How much later than its deadlines a guard may answer before it is taken for dead (seconds)."""
 KILL_TIMEOUT_S = 2.0
-"""Longest wait for a killed process to be gone (seconds)."""
+"""Longest wait for a guard to have ended everything below it (seconds)."""
 
 
 class RewardPoolFailed(RuntimeError):  # noqa: N818 - says what happened
@@ -50,10 +48,10 @@ class Verdict:
 class RewardPool:
     """Judges responses in ``processes`` processes that each import the reward ``module:function`` once."""
 
-    def __init__(self, reward: str, *, processes: int, deadline_s: float) -> None:
-        """``deadline_s``: seconds one item may take before its process is killed."""
-        self._processes = [_RewardProcess(reward, deadline_s) for _ in range(processes)]
-        self._idle: asyncio.Queue[_RewardProcess] = asyncio.Queue()
+    def __init__(self, reward: str, *, processes: int, deadline_s: float, memory_mb: int) -> None:
+        """``deadline_s``: seconds one item may take. ``memory_mb``: MiB one process and all it starts may hold."""
+        self._processes = [_GuardedProcess(reward, deadline_s, memory_mb) for _ in range(processes)]
+        self._idle: asyncio.Queue[_GuardedProcess] = asyncio.Queue()
         self._is_closed = False
 
     async def start(self) -> None:
@@ -95,100 +93,86 @@ class RewardPool:
             raise RewardPoolFailed("the reward pool is closed")
 
 
-class _RewardProcess:
-    """One process and the socket to it. Started anew by ``judge`` if it is gone."""
+class _GuardedProcess:
+    """One guard and the socket to it. Started anew by ``judge`` if it is gone."""
 
-    def __init__(self, reward: str, deadline_s: float) -> None:
+    def __init__(self, reward: str, deadline_s: float, memory_mb: int) -> None:
         self._reward = reward
         self._deadline_s = deadline_s
+        self._memory_mb = memory_mb
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def start(self) -> None:
-        """Start it and wait until it has imported the reward."""
+        """Start it and wait until its reward is imported."""
         self._loop = asyncio.get_running_loop()
         mine, its = socket.socketpair()
+        arguments = [self._reward, str(self._deadline_s), str(self._memory_mb), str(its.fileno()), str(os.getpid())]
         with its:
-            # Must run on a thread that lasts: the process dies with the thread that started it.
+            # Must run on a thread that lasts: the guard ends with the thread that started it.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rollout.reward_process", self._reward, str(its.fileno()), str(os.getpid())],
+                [sys.executable, "-m", "rollout.reward_guard", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=2,
                 pass_fds=[its.fileno()],
-                start_new_session=True,  # a group of its own: Ctrl-C passes it by, and one kill takes its children too
+                start_new_session=True,  # Ctrl-C passes it by
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             )
         self._channel = await asyncio.open_connection(sock=mine)
-        greeting = await self._line(START_TIMEOUT_S)
-        if not greeting:
-            how = f"took longer than {START_TIMEOUT_S:g} s" if greeting is None else f"ended with {self._exit()}"
-            self.kill()
-            raise RewardPoolFailed(f"task.reward={self._reward}: its process {how} while it imported the reward")
-        problem = json.loads(greeting)
-        if problem is not None:
-            self.kill()
-            raise ValueError(problem)
+        match await self._message(START_TIMEOUT_S + LATE_S):
+            case ["ready"]:
+                return
+            case ["refused", str(why)]:
+                self.kill()
+                raise ValueError(why)
+            case ["failed", str(why)]:
+                self.kill()
+                raise RewardPoolFailed(why)
+            case _:
+                self.kill()
+                raise RewardPoolFailed(f"task.reward={self._reward}: the guard of its process ended at its start")
 
     async def judge(self, items: Sequence[tuple[str, Any]]) -> list[Verdict]:
-        """Verdicts of the first items: of all, or up to the one that ended the process."""
+        """Verdicts of the first items: of all, or up to the one that ended the guard."""
         if self._process is None or self._process.poll() is not None:
             self.kill()
             await self.start()
         assert self._channel is not None
-        # Not drained: a process that does not read is found by the deadline of the first verdict.
+        # Not drained: a guard that does not read is found by the deadline of the first verdict.
         self._channel[1].write(json.dumps(items).encode() + b"\n")
         verdicts: list[Verdict] = []
         for _ in items:
-            line = await self._line(self._deadline_s)
-            if not line:
-                verdicts.append(self._end(line))
-                break
-            outcome, reward, error = json.loads(line)
-            verdicts.append(Verdict(outcome=Outcome(outcome), reward=reward, error=error))
+            match await self._message(self._deadline_s + START_TIMEOUT_S + LATE_S):  # a restart may precede an item
+                case ["verdict", outcome, reward, error]:
+                    verdicts.append(Verdict(outcome=Outcome(outcome), reward=reward, error=error))
+                case ["failed" | "refused", str(why)]:
+                    raise RewardPoolFailed(why)
+                case _:
+                    self.kill()
+                    verdicts.append(Verdict(outcome=Outcome.ERROR, error="the reward ended the guard of its process"))
+                    break
         return verdicts
 
     def kill(self) -> None:
-        """Kill the process with all it started, and forget it."""
+        """End the guard with the reward and all it started, and forget it."""
         process, self._process = self._process, None
         channel, self._channel = self._channel, None
         if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            process.terminate()
+            try:
                 process.wait(KILL_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
         if channel is not None and self._loop is not None and not self._loop.is_closed():
             channel[1].close()
 
-    def _end(self, line: bytes | None) -> Verdict:
-        """The verdict on an item for which no line came in time, or none will come."""
-        if line is None:
-            verdict = Verdict(outcome=Outcome.TIMEOUT, error=f"no verdict within {self._deadline_s:g} s")
-        else:
-            verdict = Verdict(outcome=Outcome.ERROR, error=f"the reward ended its process with {self._exit()}")
-        self.kill()
-        return verdict
-
-    async def _line(self, timeout_s: float) -> bytes | None:
-        """The next line; empty if the process has ended, None if nothing came in time."""
+    async def _message(self, timeout_s: float) -> list[Any] | None:
+        """The next message of the guard; None if it has ended, or said nothing in time."""
         if self._channel is None:  # closed meanwhile
-            return b""
-        for seconds in (timeout_s, GRACE_S):
-            with contextlib.suppress(TimeoutError):
-                try:
-                    async with asyncio.timeout(seconds):
-                        line = await self._channel[0].readline()
-                except ConnectionError:
-                    return b""
-                return line if line.endswith(b"\n") else b""
+            return None
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(timeout_s):
+                line = await self._channel[0].readline()
+            return json.loads(line) if line.endswith(b"\n") else None
         return None
-
-    def _exit(self) -> str:
-        """How the process ended, for people."""
-        if self._process is None:
-            return "the pool"
-        try:
-            code = self._process.wait(KILL_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            return "a closed channel"
-        return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r2vpo.algorithm.objectives import TokenBatch, reweighting
+from r2vpo.algorithm.tokens import TokenBatch, reweighting
 
 LAG_BUCKETS = ("0", "1", "2-3", "4-7", "8-15", "16-63", "64+")
 """Names of the lag buckets (learner steps, bounds included)."""

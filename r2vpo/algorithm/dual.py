@@ -12,6 +12,8 @@ floor, because without a brake the objective is plain importance sampling.
 
 A V that is not finite says that the measurement is broken, not how far the policy moved: it changes nothing.
 
+Beside this default stand the textbook's additive dual, whose faults these bounds are the answer to, and a fixed λ.
+
 See docs/budget.md.
 """
 
@@ -62,6 +64,36 @@ class BoundedDual:
         self.smoothed = state["smoothed"]
 
 
+class AdditiveDual:
+    """Gradient ascent on the multiplier, as textbooks have it: ``λ ← max(0, λ + rate·(V - δ))``.
+
+    It winds up: one V of 30 raises λ by 30·rate, and as V ≥ 0 each later update lowers it by at most rate·δ.
+    """
+
+    saturated = False
+    """There is no ceiling."""
+
+    def __init__(self, *, delta: float, lam: float, rate: float) -> None:
+        self._delta = delta
+        self._rate = rate
+        self.lam = lam
+
+    def update(self, second_moment: float) -> float:
+        """Move λ after one optimiser step whose minibatch measured V = ``second_moment``; return the new λ."""
+        if isfinite(second_moment):
+            self.lam = max(0.0, self.lam + self._rate * (second_moment - self._delta))
+        return self.lam
+
+    def state_dict(self) -> dict[str, float]:
+        """λ."""
+        return {"lam": self.lam}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restore exactly what `state_dict` gave. ``ValueError`` if ``state`` is that of another dual."""
+        _check_keys(state, self.state_dict())
+        self.lam = state["lam"]
+
+
 class FixedDual:
     """λ stays where it is; stateless."""
 
@@ -84,16 +116,21 @@ class FixedDual:
         _check_keys(state, self.state_dict())
 
 
-Dual = BoundedDual | FixedDual
+Dual = BoundedDual | AdditiveDual | FixedDual
 
 
 def make_dual(config: AlgorithmConfig) -> Dual:
     """The dual variable that ``config.dual`` asks for; λ is 0 for an objective that has no penalty."""
-    if config.name != "r2vpo":
+    if not config.has_multiplier:
         return FixedDual(0.0)
-    if config.dual == "fixed":
-        return FixedDual(config.lambda_init)
-    return BoundedDual(delta=config.delta, lam=config.lambda_init, lam_min=config.lambda_min, lam_max=config.lambda_max)
+    match config.dual:
+        case "fixed":
+            return FixedDual(config.lambda_init)
+        case "additive":
+            return AdditiveDual(delta=config.delta, lam=config.lambda_init, rate=config.dual_rate)
+        case _:
+            bounds = {"lam_min": config.lambda_min, "lam_max": config.lambda_max}
+            return BoundedDual(delta=config.delta, lam=config.lambda_init, **bounds)
 
 
 def _check_keys(state: Mapping[str, float], expected: Mapping[str, float]) -> None:

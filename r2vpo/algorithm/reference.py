@@ -2,7 +2,7 @@
 
 It exists to be obviously correct. The learner group must give the same steps on the same batches; a test compares them.
 
-    batch ──group_advantages──▶ samples ──logp_prox, once──▶ minibatches ──▶ loss, backward, clip, AdamW, λ ──▶ s
+    batch ──batch_advantages──▶ samples ──logp_prox, once──▶ minibatches ──▶ loss, backward, clip, AdamW, λ ──▶ s
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from math import nan
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from r2vpo.algorithm.advantages import group_advantages
+from r2vpo.algorithm.advantages import batch_advantages
+from r2vpo.algorithm.budget import Budget
 from r2vpo.algorithm.config import AlgorithmConfig
-from r2vpo.algorithm.dual import make_dual
+from r2vpo.algorithm.m2po import m2po_mask
 from r2vpo.algorithm.minibatches import split_minibatches
-from r2vpo.algorithm.objectives import TokenBatch, needs_proximal, objective, second_moment_sum
-from r2vpo.algorithm.step_control import make_step_control, warmup_factor
+from r2vpo.algorithm.objectives import loss_denominator, needs_proximal, objective, second_moment_sum
+from r2vpo.algorithm.step_control import warmup_factor
+from r2vpo.algorithm.tokens import TokenBatch
 from r2vpo.records import SampledBatch, Trajectory
 
 
@@ -33,13 +36,15 @@ class _Sample:
     draw_weight: float
     logp_prox_N: Tensor
 
-    def tokens(self, logp_N: Tensor) -> TokenBatch:
+    def tokens(self, logp_N: Tensor, keep_N: Tensor | None) -> TokenBatch:
         return TokenBatch(
             logp_N=logp_N,
             logp_prox_N=self.logp_prox_N,
             behavior_logp_N=_behavior_logp(self.trajectory).to(logp_N),
             advantage_N=torch.full_like(logp_N, self.advantage),
             draw_weight_N=torch.full_like(logp_N, self.draw_weight),
+            sequence_N=torch.zeros_like(logp_N, dtype=torch.long),
+            keep_N=keep_N,
         )
 
 
@@ -65,22 +70,23 @@ class ReferenceTrainer:
         minibatches: int,
         temperature: float,
         seed: int,
+        passes: int = 1,
     ) -> None:
         """``off_policy`` says whether tokens may be stale or lag (it decides the gate where that is ``auto``).
 
         ``lr`` is nominal: warm-up over ``warmup_steps`` optimiser steps and the step control scale it. ``grad_clip`` is
-        the largest gradient norm, ``temperature`` that of sampling, ``seed`` that of the split into minibatches.
+        the largest gradient norm, ``temperature`` that of sampling, ``seed`` that of the split into minibatches,
+        ``passes`` how often a learner step goes through its batch unless the budget ends it.
         """
         self.model = model
-        self.dual = make_dual(algorithm)
-        self.step_control = make_step_control(algorithm)
+        self.budget = Budget(algorithm)
         self.num_optimizer_steps = 0
         self._algorithm = algorithm
         self._objective = objective(algorithm, gated=algorithm.is_gated(off_policy=off_policy))
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self._lr, self._warmup_steps, self._grad_clip = lr, warmup_steps, grad_clip
-        self._minibatches, self._temperature, self._seed = minibatches, temperature, seed
+        self._minibatches, self._temperature, self._seed, self._passes = minibatches, temperature, seed, passes
 
     def step(self, batch: SampledBatch) -> dict[str, Any]:
         """One learner step. A minibatch without trained tokens makes no optimiser step but is counted.
@@ -89,36 +95,37 @@ class ReferenceTrainer:
         ``loss`` and ``second_moment``, their means (NaN if there was none); ``lam`` and ``step_scale`` as the next step
         will use them; ``empty_minibatches``, a count.
         """
+        rewards = [sampled.group.rewards_G for sampled in batch.groups]
+        advantages = batch_advantages(rewards, mode=self._algorithm.advantage)
         minibatches = [
-            [sample for i in indices for sample in self._samples(batch, i)]
+            [sample for i in indices for sample in self._samples(batch, i, advantages[i])]
             for indices in split_minibatches(batch, minibatches=self._minibatches, seed=self._seed)
         ]
+        trained = [samples for samples in minibatches if samples]
+        self.budget.begin(signal_share=_signal_share(trained))
         losses, second_moments, grad_norms = [], [], []
-        for samples in minibatches:
-            if not samples:
-                continue
+        for samples in trained * self._passes:
             loss, second_moment, grad_norm = self._optimizer_step(samples)
             losses.append(loss)
             second_moments.append(second_moment)
             grad_norms.append(grad_norm)
-            self.dual.update(second_moment)
-        has_signal = any(sample.advantage != 0 for samples in minibatches for sample in samples)
-        self.step_control.update(second_moments if has_signal else ())
+            if not self.budget.observe(second_moment):
+                break
+        self.budget.end()
         return {
             "loss": _mean(losses),
             "losses": losses,
             "second_moment": _mean(second_moments),
             "second_moments": second_moments,
             "grad_norm": grad_norms,
-            "lam": self.dual.lam,
-            "step_scale": self.step_control.scale,
-            "empty_minibatches": len(minibatches) - len(losses),
+            "lam": self.budget.lam,
+            "step_scale": self.budget.scale,
+            "empty_minibatches": len(minibatches) - len(trained),
         }
 
-    def _samples(self, batch: SampledBatch, index: int) -> list[_Sample]:
+    def _samples(self, batch: SampledBatch, index: int, advantage_G: np.ndarray) -> list[_Sample]:
         """The trajectories of one group that train: those with a verdict and at least one sampled token."""
         sampled = batch.groups[index]
-        advantages = group_advantages(sampled.group.rewards_G, mode=self._algorithm.advantage)
         return [
             _Sample(
                 trajectory=t,
@@ -126,7 +133,7 @@ class ReferenceTrainer:
                 draw_weight=sampled.weight,
                 logp_prox_N=self._logp_prox(t, batch.step),
             )
-            for t, a in zip(sampled.group.trajectories, advantages, strict=True)
+            for t, a in zip(sampled.group.trajectories, advantage_G, strict=True)
             if t.outcome.has_reward and t.num_trained_tokens
         ]
 
@@ -147,21 +154,41 @@ class ReferenceTrainer:
     def _optimizer_step(self, samples: Sequence[_Sample]) -> tuple[float, float, float]:
         """Loss, V and gradient norm of one minibatch, all measured before its parameters move."""
         num_tokens = sum(s.trajectory.num_trained_tokens for s in samples)
+        denominator = loss_denominator(self._algorithm, num_tokens, len(samples))
         self._optimizer.zero_grad()
         loss, second_moment = 0.0, 0.0
-        for sample in samples:
-            tokens = sample.tokens(self._logp(sample.trajectory))
-            part = self._objective(tokens, num_tokens, self.dual.lam)
+        for sample, keep_N in zip(samples, self._kept(samples), strict=True):
+            tokens = sample.tokens(self._logp(sample.trajectory), keep_N)
+            part = self._objective(tokens, denominator, self.budget.lam)
             part.backward()
             loss += part.item()
             second_moment += second_moment_sum(tokens).item() / num_tokens
         grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._grad_clip, error_if_nonfinite=True)
         warmup = warmup_factor(self.num_optimizer_steps, self._warmup_steps)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._lr * warmup * self.step_control.scale
+            group["lr"] = self._lr * warmup * self.budget.scale
         self._optimizer.step()
         self.num_optimizer_steps += 1
         return loss, second_moment, grad_norm.item()
+
+    @torch.no_grad()
+    def _kept(self, samples: Sequence[_Sample]) -> Sequence[Tensor | None]:
+        """The mask of M2PO for each sample, from all tokens of the minibatch; None under every other objective."""
+        if self._algorithm.name != "m2po":
+            return [None] * len(samples)
+        tokens = [sample.tokens(self._logp(sample.trajectory), None) for sample in samples]
+        keep_N = m2po_mask(
+            torch.cat([t.logp_N - t.behavior_logp_N for t in tokens]),
+            torch.cat([t.advantage_N for t in tokens]),
+            self._algorithm.m2_limit,
+        )
+        return keep_N.split([t.logp_N.numel() for t in tokens])
+
+
+def _signal_share(minibatches: Sequence[Sequence[_Sample]]) -> float:
+    """Share of the trained tokens whose advantage is not 0."""
+    num_tokens = [(s.trajectory.num_trained_tokens, s.advantage != 0) for samples in minibatches for s in samples]
+    return sum(n for n, signal in num_tokens if signal) / max(sum(n for n, _ in num_tokens), 1)
 
 
 def _behavior_logp(trajectory: Trajectory) -> Tensor:

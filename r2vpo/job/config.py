@@ -138,6 +138,12 @@ class RunConfig:
                 f"{self.replay.stale_fraction} leave: the first step has no stale group, and a minibatch needs one "
                 "at least; lower minibatches or stale_fraction, or raise groups_per_step"
             )
+        if self.algorithm.name == "m2po":
+            raise ValueError(
+                "algorithm.name=m2po masks tokens by a statistic of a whole minibatch, which the learner sees only in "
+                "parts (learner.micro_batch_tokens, learner.ranks); choose another objective, such as r2vpo or "
+                "truncated_is"
+            )
         if self.algorithm.step_control and self.learner.minibatches < 2:
             raise ValueError(
                 "algorithm.step_control=true has nothing to measure with learner.minibatches="
@@ -177,7 +183,7 @@ class RunConfig:
     def notes(self) -> tuple[str, ...]:
         """Sentences about settings that work, but not as one might expect."""
         notes: list[str] = []
-        if self.algorithm.name == "r2vpo" and self.learner.minibatches == 1:
+        if self.algorithm.has_multiplier and self.learner.minibatches == 1:
             notes.append(
                 "learner.minibatches=1: V is always 0, so neither λ nor step control acts: plain policy gradient"
             )

@@ -180,7 +180,7 @@ class LiveView:
 
     def _multiplier(self) -> Text:
         metrics, algorithm = self.progress.metrics, self._config.algorithm
-        if algorithm.name != "r2vpo":
+        if not algorithm.has_multiplier:
             return Text("–")
         bounds = f"{algorithm.lambda_min:g} … {algorithm.lambda_max:g}" if algorithm.dual == "bounded" else "fixed"
         ceiling = "  at its ceiling" if number(metrics, "dual/saturated") else ""

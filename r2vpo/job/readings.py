@@ -67,7 +67,7 @@ class Progress:
     @property
     def has_budget(self) -> bool:
         """Whether δ bounds V in this run."""
-        return self.config.algorithm.name == "r2vpo" or self.config.algorithm.controls_step
+        return self.config.algorithm.has_multiplier or self.config.algorithm.controls_step
 
 
 def describe(config: RunConfig) -> str:

@@ -3,18 +3,23 @@
 import json
 from math import exp, inf, nan
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r2vpo.algorithm.config import AlgorithmConfig
-from r2vpo.algorithm.dual import BoundedDual, FixedDual, make_dual
+from r2vpo.algorithm.config import OBJECTIVES, AlgorithmConfig
+from r2vpo.algorithm.dual import AdditiveDual, BoundedDual, FixedDual, make_dual
 
 DELTA = 0.02
 
 
 def make():
     return make_dual(AlgorithmConfig(delta=DELTA))
+
+
+def make_additive(rate=1.0):
+    return make_dual(AlgorithmConfig(delta=DELTA, dual="additive", dual_rate=rate))
 
 
 def test_one_update_by_hand():
@@ -88,7 +93,98 @@ def test_lambda_never_leaves_its_bounds(second_moments):
         assert 0.25 <= dual.update(v) <= 1.0
 
 
-def test_a_restored_dual_continues_exactly():
+@given(st.lists(st.floats(min_value=0) | st.just(nan), max_size=60), st.floats(1e-3, 10))
+def test_an_additive_lambda_is_never_negative(second_moments, rate):
+    dual = make_additive(rate)
+    for v in second_moments:
+        assert dual.update(v) >= 0.0
+
+
+@given(
+    st.lists(st.floats(0, 0.5), max_size=20),
+    st.floats(1e-12, 1.0),
+    st.lists(st.floats(0, 0.5), max_size=40),
+)
+def test_one_token_of_ratio_a_million_changes_lambda_by_a_bounded_factor_whatever_surrounds_it(before, share, after):
+    with_it, without = make(), make()
+    for v in before:
+        with_it.update(v)
+        without.update(v)
+    with_it.update(share * 1e12)  # (10⁶)² times its share of the minibatch's tokens
+    without.update(0.0)
+    assert with_it.lam / without.lam <= exp(0.2)  # one update moves log λ by at most 0.1 either way
+    for v in after:
+        with_it.update(v)
+        without.update(v)
+    # Vs/δ differ by at most 0.5·0.9^k in the k-th update after, so log λ by at most 0.1·0.5·Σ 0.9^k = 0.5 in all
+    assert 1.0 - 1e-12 <= with_it.lam / without.lam <= exp(0.5) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(("start", "relief", "steps"), [(1.0, 0.0, 30), (0.25, 0.1, 10)])
+def test_from_either_bound_lambda_is_back_at_its_start_in_a_stated_number_of_steps(start, relief, steps):
+    dual = make()
+    for _ in range(200):  # V = 10·δ drives Vs to its cap of 5·δ and λ to its ceiling, V = 0 both to their floors
+        dual.update(10 * DELTA if start == 1.0 else 0.0)
+    assert dual.lam == start
+    lams = [dual.update(relief) for _ in range(steps)]
+    # down: Vs/δ = 5·0.9^k exceeds 1 for 15 updates; then n more give Σ (Vs/δ - 1) = 9.27·(1 - 0.9^n) - n, which is
+    # below 10·log 0.5 = -6.93 for n = 15 (-7.64) and not for 14 (-6.85)
+    # up: Vs/δ = 5·(1 - 0.9^k) exceeds 1 from the third update; 0.355 + 0.7195 + 6·1 is above 6.93
+    crossed = [lam <= 0.5 if start == 1.0 else lam >= 0.5 for lam in lams]
+    assert crossed[-1]
+    assert not crossed[-2]
+
+
+def plant(dual, *, seed, steps=3000):
+    """V of a learner whose updates λ brakes: 0.05/(1 + λ)² at the median, log-normal noise, and one in a hundred
+    minibatches with a wild token, up to a thousand times as large.
+    """
+    rng, second_moments, lams = np.random.default_rng(seed), [], []
+    for _ in range(steps):
+        wild = 10 ** rng.uniform(1, 3) if rng.random() < 0.01 else 1.0
+        v = 0.05 / (1 + dual.lam) ** 2 * np.exp(0.3 * rng.standard_normal()) * wild
+        second_moments.append(v)
+        lams.append(dual.update(v))
+    return np.array(second_moments[500:]), np.array(lams[500:])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_on_a_noisy_heavy_tailed_plant_v_is_held_near_delta(seed):
+    second_moments, lams = plant(make(), seed=seed)
+    assert np.minimum(second_moments, 5 * DELTA).mean() == pytest.approx(DELTA, rel=0.01)
+    # the wild ones, 1 % that count as 5·δ, take 0.05·δ of the budget; the median of log-normal noise lies 4 % lower
+    assert np.median(second_moments) == pytest.approx(0.92 * DELTA, rel=0.05)
+    # of that median V = 0.05/(1 + λ)² says λ = 0.65
+    assert np.median(lams) == pytest.approx(0.65, abs=0.05)
+    assert np.mean(lams >= 1.0) < 0.03  # wild minibatches in a row lead to the ceiling, and back
+
+
+def test_on_the_same_plant_the_additive_dual_winds_up():
+    second_moments, lams = plant(make_additive(), seed=0)
+    assert np.median(lams) > 1.5  # 0.65 would do
+    assert np.median(second_moments) < DELTA / 3
+
+
+def test_an_additive_update_by_hand():
+    dual = make_additive(rate=2.0)
+    assert isinstance(dual, AdditiveDual)
+    assert dual.update(0.07) == pytest.approx(0.5 + 2 * 0.05)
+    assert dual.update(nan) == pytest.approx(0.6)
+    assert [dual.update(0.0) for _ in range(15)][-1] == 0.0  # 0.6 = 15·2·0.02
+    assert dual.update(DELTA + 0.1) == pytest.approx(0.2)
+    assert not dual.saturated
+
+
+def test_one_wild_minibatch_keeps_an_additive_lambda_up_for_thousands_of_steps():
+    dual = make_additive()
+    assert dual.update(30.0) == pytest.approx(30.48)
+    # with V = δ/2 from here it falls by 0.01 a step: 2,948 steps to 1
+    lams = [dual.update(DELTA / 2) for _ in range(2949)]
+    assert lams[2946] > 1.0 > lams[2948]
+
+
+@pytest.mark.parametrize("make", [make, make_additive])
+def test_a_restored_dual_continues_exactly(make):
     dual, restored = make(), make()
     for v in (0.5, 0.001, 0.03):
         dual.update(v)
@@ -107,15 +203,17 @@ def test_a_fixed_lambda_stays():
 
 
 def test_the_state_of_another_dual_is_refused():
-    bounded, fixed = make(), FixedDual(0.5)
-    assert isinstance(bounded, BoundedDual)
-    with pytest.raises(ValueError, match=r"algorithm\.dual"):
-        bounded.load_state_dict(fixed.state_dict())
-    with pytest.raises(ValueError, match=r"algorithm\.dual"):
-        fixed.load_state_dict(bounded.state_dict())
+    duals = (make(), make_additive(), FixedDual(0.5))
+    assert isinstance(duals[0], BoundedDual)
+    for dual in duals:
+        for other in duals:
+            if dual is not other:
+                with pytest.raises(ValueError, match=r"algorithm\.dual"):
+                    dual.load_state_dict(other.state_dict())
 
 
-@pytest.mark.parametrize("name", ["grpo", "grpo_decoupled"])
-def test_an_objective_without_a_penalty_has_a_multiplier_of_zero(name):
-    dual = make_dual(AlgorithmConfig(name=name))
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if not n.startswith("r2vpo")])
+@pytest.mark.parametrize("kind", ["bounded", "additive", "fixed"])
+def test_an_objective_without_a_penalty_has_a_multiplier_of_zero(name, kind):
+    dual = make_dual(AlgorithmConfig(name=name, dual=kind))
     assert (dual.lam, dual.update(10.0), dual.saturated) == (0.0, 0.0, False)

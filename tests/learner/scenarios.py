@@ -41,7 +41,7 @@ from tests.tiny_models import log_probs, make_model
 CONFIG = LearnerConfig(
     groups_per_step=6,
     minibatches=3,
-    lr=1e-3,
+    lr=4e-4,
     warmup_steps=4,
     weight_decay=0.1,
     micro_batch_tokens=40,
@@ -50,10 +50,34 @@ CONFIG = LearnerConfig(
 )
 
 
+ALGORITHMS = {
+    "r2vpo": {},
+    "grpo": {"name": "grpo"},
+    "grpo_decoupled": {"name": "grpo_decoupled"},
+    "sequences": {
+        "name": "r2vpo_sequence",
+        "loss_mean": "sequence",
+        "advantage": "batch_whitened",
+        "dual": "additive",
+    },
+    "constant": {
+        "name": "gspo",
+        "loss_mean": "constant",
+        "loss_length": 4,
+        "advantage": "leave_one_out",
+        "step_control": True,
+    },
+}
+"""Settings of the algorithm under which the learner is compared with the reference, or with itself on two ranks."""
+
+EVERY_STEP = AlgorithmConfig(end_early=False)
+"""The tiny model's V is far above any budget; all but one scenario go through all minibatches nevertheless."""
+
+
 def make_trainer(model: Path, *, algorithm: AlgorithmConfig | None = None, exact: bool = True, **changes):
     return LearnerTrainer(
         dataclasses.replace(CONFIG, **changes),
-        algorithm or AlgorithmConfig(),
+        algorithm or EVERY_STEP,
         model_path=str(model),
         temperature=0.8,
         max_lag=3,
@@ -79,10 +103,11 @@ def run(trainer: LearnerTrainer, batches) -> list[dict[str, float]]:
 
 def reference(directory: Path, **settings):
     """Losses, V, λ, s and parameters against the reference trainer, over four steps, the last two with stale groups."""
-    algorithm = AlgorithmConfig(name=settings.pop("name", "r2vpo"))
+    algorithm = dataclasses.replace(EVERY_STEP, **settings.pop("algorithm", {}))
     model_path = directory / "model"
     batches = sampled_batches(model_path, steps=4, weighted=settings.pop("weighted", False))
     trainer = make_trainer(model_path, algorithm=algorithm, **settings)
+    passes = settings.get("passes", 1)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     other = ReferenceTrainer(
         model,
@@ -97,6 +122,7 @@ def reference(directory: Path, **settings):
         minibatches=CONFIG.minibatches,
         temperature=0.8,
         seed=3,
+        passes=passes,
     )
     gaps = dict.fromkeys(("loss", "second_moment", "lambda", "scale", "grad_norm", "weights"), 0.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -123,7 +149,8 @@ def reference(directory: Path, **settings):
 def trained(directory: Path, **settings):
     """Metrics of four steps; the weights after them go to a file that the test reads."""
     name = settings.pop("name")
-    trainer = make_trainer(directory / "model", **settings)
+    algorithm = dataclasses.replace(EVERY_STEP, **settings.pop("algorithm", {}))
+    trainer = make_trainer(directory / "model", algorithm=algorithm, **settings)
     metrics = run(trainer, sampled_batches(directory / "model", steps=4))
     after = weights(trainer)
     if trainer.engine.rank == 0:
@@ -139,7 +166,7 @@ def bad_step(directory: Path, **settings):
     before = weights(trainer)
     bad = trainer.step(batch(broken))
     between = weights(trainer)
-    after_bad = (trainer.num_optimizer_steps, trainer.dual.lam, trainer.step_control.scale, trainer.version)
+    after_bad = (trainer.num_optimizer_steps, trainer.budget.lam, trainer.budget.scale, trainer.version)
     fine = trainer.step(good[1])
     return {
         "bad_steps": bad["learner/bad_steps"],
@@ -178,9 +205,9 @@ def empty_minibatches(directory: Path, **settings):
     equal = [trajectory([3, 4, 5], reward=1.0) for _ in range(2)]
     half = trainer.step(batch([scored, silent]))
     none = trainer.step(batch([silent, silent], step=1))
-    scale = trainer.step_control.scale
+    scale = trainer.budget.scale
     flat = trainer.step(batch([equal, equal, equal, equal], step=2))
-    return {"half": half, "none": none, "flat": flat, "scale_kept": trainer.step_control.scale == scale}
+    return {"half": half, "none": none, "flat": flat, "scale_kept": trainer.budget.scale == scale}
 
 
 def first_second_moment(directory: Path):
@@ -311,16 +338,23 @@ def message(trainer: LearnerTrainer, b: SampledBatch) -> str:
 
 
 SCENARIOS = {
-    **{f"reference-{name}": (reference, {"name": name}) for name in ("r2vpo", "grpo", "grpo_decoupled")},
+    **{f"reference-{name}": (reference, {"algorithm": settings}) for name, settings in ALGORITHMS.items()},
+    "reference-early": (reference, {"algorithm": {"end_early": True}, "passes": 2}),
     **{f"reference-zero{stage}": (reference, {"zero_stage": stage}) for stage in (1, 2, 3)},
     **{
-        f"reference-weighted-{name}": (reference, {"name": name, "weighted": True})
-        for name in ("r2vpo", "grpo", "grpo_decoupled")
+        f"reference-weighted-{name}": (reference, {"algorithm": settings, "weighted": True})
+        for name, settings in ALGORITHMS.items()
     },
     **{f"trained-zero{stage}": (trained, {"zero_stage": stage}) for stage in (0, 1, 2, 3)},
     **{
         f"trained-one-by-one-zero{stage}": (trained, {"zero_stage": stage, "micro_batch_tokens": 1}) for stage in (0, 3)
     },
+    "trained-early": (trained, {"algorithm": {"end_early": True}, "passes": 2}),
+    "trained-sequences": (trained, {"algorithm": ALGORITHMS["sequences"]}),
+    "trained-sequences-large-micro-batches": (
+        trained,
+        {"algorithm": ALGORITHMS["sequences"], "micro_batch_tokens": 4096},
+    ),
     "trained-large-micro-batches": (trained, {"micro_batch_tokens": 4096}),
     "trained-checkpointing": (trained, {"gradient_checkpointing": True, "zero_stage": 3}),
     **{f"trained-bfloat16-zero{stage}": (trained, {"dtype": "bfloat16", "zero_stage": stage}) for stage in (0, 3)},

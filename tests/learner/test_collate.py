@@ -32,7 +32,7 @@ def test_an_empty_row_still_has_a_token_to_run_through_the_model():
     assert row.token_ids_T.tolist() == [0]
     assert row.index_N.tolist() == []
     micro_batch = pack([], [])
-    assert micro_batch.advantage_N.shape == micro_batch.lag_N.shape == (0,)
+    assert micro_batch.advantage_N.shape == micro_batch.lag_N.shape == micro_batch.sequence_N.shape == (0,)
 
 
 def test_a_micro_batch_carries_what_each_token_was_sampled_with():
@@ -52,6 +52,7 @@ def test_a_micro_batch_carries_what_each_token_was_sampled_with():
     assert micro_batch.logp_prox_N.tolist() == [-0.5, -0.25, -1.0]
     assert micro_batch.advantage_N.tolist() == [1.0, 1.0, -1.0]
     assert micro_batch.lag_N.tolist() == [2, 1, 1]
+    assert micro_batch.sequence_N.tolist() == [0, 0, 1]
     assert micro_batch.behavior_logp_N.dtype == micro_batch.advantage_N.dtype == torch.float32
 
 
@@ -63,6 +64,20 @@ def test_a_trajectory_without_a_verdict_or_without_a_response_is_left_out_entire
     # The empty response has a verdict: it counts in the baseline, (0 + 1 + 1) / 3, and trains no token.
     mean, deviation = 2 / 3, np.sqrt(2) / 3
     assert [s.advantage for s in layout.samples] == pytest.approx([-mean / deviation, (1 - mean) / deviation])
+
+
+def test_advantages_over_the_batch_follow_their_groups_into_the_minibatches():
+    # centred ±1 and ±3: D² = (1 + 1 + 9 + 9)/4 = 5, and the second group is the longer one
+    groups = [
+        [trajectory([5], reward=r) for r in (0.0, 2.0)],
+        [trajectory([5, 6], reward=r) for r in (1.0, 7.0)],
+    ]
+    for seed in range(4):
+        layout = collate(batch(groups), **OPTIONS | {"advantage": "batch_whitened", "minibatches": 2, "seed": seed})
+        found = sorted((s.advantage, len(s.lag_N)) for s in layout.samples)
+        expected = [(-3 / 5**0.5, 2), (-1 / 5**0.5, 1), (1 / 5**0.5, 1), (3 / 5**0.5, 2)]
+        assert [a for a, _ in found] == pytest.approx([a for a, _ in expected])
+        assert [n for _, n in found] == [n for _, n in expected]
 
 
 def test_only_trajectories_with_a_stale_token_need_proximal_log_probs():
@@ -97,6 +112,7 @@ def test_the_denominator_and_the_members_of_a_minibatch_do_not_depend_on_the_lay
     )
     assert layout.minibatches == plain.minibatches
     assert [layout.num_tokens(m) for m in range(3)] == [20, 20, 20]
+    assert [layout.num_trajectories(m) for m in range(3)] == [8, 8, 8]
     for m in range(3):
         dealt = [i for bins in layout.train[m] for members in bins for i in members]
         assert sorted(dealt) == list(layout.minibatches[m])
@@ -109,8 +125,8 @@ def test_values_of_a_row_are_split_back_into_those_of_its_trajectories():
 
 
 def test_a_batch_whose_verdicts_agree_has_no_signal():
-    assert not collate(batch([two(rewards=(1.0, 1.0))]), **OPTIONS).has_signal
-    assert collate(batch([two(rewards=(1.0, 1.0)), two()]), **OPTIONS).has_signal
+    assert collate(batch([two(rewards=(1.0, 1.0))]), **OPTIONS).signal_share == 0
+    assert collate(batch([two(rewards=(1.0, 1.0)), two()]), **OPTIONS).signal_share == 0.5
 
 
 def test_a_first_token_that_trains_is_refused_because_nothing_predicts_it():

@@ -26,7 +26,7 @@ async def make_pool():
     pools = []
 
     async def make(reward: str = SCORE, *, processes: int = 1, deadline_s: float = 10.0) -> RewardPool:
-        pools.append(RewardPool(reward, processes=processes, deadline_s=deadline_s))
+        pools.append(RewardPool(reward, processes=processes, deadline_s=deadline_s, memory_mb=2048))
         await pools[-1].start()
         return pools[-1]
 
@@ -104,7 +104,7 @@ async def test_items_around_those_without_a_reward_are_judged(make_pool):
 async def test_a_reward_that_ends_its_process_is_the_error_of_its_item_alone(make_pool, misdeed, reason):
     pool = await make_pool()
     verdicts = await pool.score([("a", "a"), (misdeed, ""), ("b", "a"), (misdeed, ""), ("a", "a")])
-    error = Verdict(outcome=Outcome.ERROR, error=f"the reward ended its process with {reason}")
+    error = Verdict(outcome=Outcome.ERROR, error=f"the reward's process ended with {reason}")
     assert verdicts == [RIGHT, error, WRONG, error, RIGHT]
 
 
@@ -185,7 +185,7 @@ async def test_closing_kills_everything_may_be_repeated_and_ends_what_is_in_work
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # asyncio misses its closed loop
 def test_closing_works_after_the_loop_has_ended():
-    pool = RewardPool(SCORE, processes=1, deadline_s=10.0)
+    pool = RewardPool(SCORE, processes=1, deadline_s=10.0, memory_mb=2048)
 
     async def use() -> int:
         await pool.start()
@@ -198,7 +198,7 @@ def test_closing_works_after_the_loop_has_ended():
 
 
 async def test_closing_a_pool_that_was_never_started_does_nothing():
-    RewardPool(SCORE, processes=1, deadline_s=1.0).close()
+    RewardPool(SCORE, processes=1, deadline_s=1.0, memory_mb=2048).close()
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_a_reward_process_imports_nothing_heavy():
 
 
 async def _hang_forever() -> None:
-    pool = RewardPool(SCORE, processes=1, deadline_s=1000.0)
+    pool = RewardPool(SCORE, processes=1, deadline_s=1000.0, memory_mb=2048)
     await pool.start()
     [pid] = await pids(pool)
     hanging = asyncio.create_task(pool.score([("hang", "")]))

@@ -1,0 +1,146 @@
+"""The studies of the comparison: which runs each needs. A run that two studies share is made once.
+
+| study | question |
+|---|---|
+| on-policy, replay | rollouts to a target, accuracy at equal rollouts: each method at its best learning rate |
+| lag | accuracy when all samples are that many versions old |
+| rates | accuracy over a 20-fold range of nominal learning rates, untuned |
+| flips | accuracy with 10 % of the rewards turned over |
+| parts, deltas | each part of R²VPO alone or changed; the budget over two orders of magnitude |
+| sizes | the same settings on a larger model |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from benchmarks.evidence.methods import ABLATIONS, GRPO, MAIN, OTHERS, OURS, R2VPO, Method
+from benchmarks.evidence.setting import Setting
+
+TUNED_ON, CHECKED_ON = "addition4", "sorting10"
+LRS = (1e-4, 3e-4, 1e-3)
+MIDDLE_LR = 3e-4
+RANGE = (5e-5, 1.5e-4, 5e-4, 1e-3)
+LAGS = (0, 1, 4, 16, 64, 256)
+DELTAS = (0.001, 0.005, 0.02, 0.05, 0.1)
+REUSE = 8
+"""Learner steps that train on a group on average, and the largest age of a stale group (learner steps)."""
+
+
+BestLr = Callable[[Setting, str], float]
+"""The best learning rate for a common setting and a method's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much is run."""
+
+    tuning_seeds: Sequence[int] = (0,)
+    seeds: Sequence[int] = (10, 11, 12, 13, 14)
+    side_seeds: Sequence[int] = (10, 11, 12)
+    """Of everything but the main comparison."""
+    on_policy_iterations: int = 100
+    replay_iterations: int = 60
+    lag_iterations: int = 120
+    lags: Sequence[int] = LAGS
+    others: Mapping[str, Method] = field(default_factory=lambda: OTHERS)
+    ablations: Mapping[str, Method] = field(default_factory=lambda: ABLATIONS)
+    deltas: Sequence[float] = DELTAS
+    sizes: Sequence[str] = ("0.4M",)
+
+
+FULL = Scale()
+QUICK = Scale(
+    tuning_seeds=(0,),
+    seeds=(10, 11),
+    side_seeds=(10,),
+    on_policy_iterations=30,
+    replay_iterations=15,
+    lag_iterations=30,
+    lags=(0, 64),
+    others={},
+    ablations={},
+    deltas=(),
+    sizes=(),
+)
+"""Every row of the result, on so few and short runs that the figures say little."""
+
+
+def on_policy(scale: Scale, task: str) -> Setting:
+    """The common settings of runs without replay."""
+    return Setting(task=task, iterations=scale.on_policy_iterations)
+
+
+def with_replay(scale: Scale, task: str) -> Setting:
+    """The common settings of runs with replay: the same reuse for every method."""
+    return Setting(task=task, iterations=scale.replay_iterations, reuse=REUSE, max_age=REUSE)
+
+
+def grid(base: Setting, method: Method, seeds: Sequence[int]) -> list[Setting]:
+    """A method at every learning rate of the grid."""
+    return [replace(base, algorithm=method, lr=lr, seed=seed) for lr in LRS for seed in seeds]
+
+
+def at(base: Setting, method: Method, seeds: Sequence[int], *, lr: float = MIDDLE_LR) -> list[Setting]:
+    """A method at one learning rate."""
+    return [replace(base, algorithm=method, lr=lr, seed=seed) for seed in seeds]
+
+
+def tuning_runs(scale: Scale) -> Iterator[Setting]:
+    """What the learning rates of the main comparison are chosen on."""
+    for task in (TUNED_ON, CHECKED_ON):
+        for base in (on_policy(scale, task), with_replay(scale, task)):
+            for method in MAIN.values():
+                yield from grid(base, method, scale.tuning_seeds)
+
+
+def main_runs(scale: Scale, best_lr: BestLr) -> Iterator[Setting]:
+    """The main comparison, on fresh seeds."""
+    for task in (TUNED_ON, CHECKED_ON):
+        for base in (on_policy(scale, task), with_replay(scale, task)):
+            for name, method in MAIN.items():
+                yield from at(base, method, scale.seeds, lr=best_lr(base, name))
+
+
+def other_tuning_runs(scale: Scale) -> Iterator[Setting]:
+    """What the learning rates of the other rivals are chosen on."""
+    for method in scale.others.values():
+        yield from grid(with_replay(scale, TUNED_ON), method, scale.tuning_seeds[:1])
+
+
+def other_runs(scale: Scale, best_lr: BestLr) -> Iterator[Setting]:
+    """The other rivals on fresh seeds, with replay."""
+    base = with_replay(scale, TUNED_ON)
+    for name, method in scale.others.items():
+        yield from at(base, method, scale.side_seeds, lr=best_lr(base, name))
+
+
+def side_runs(scale: Scale) -> Iterator[Setting]:
+    """Everything that needs no tuning."""
+    replay = with_replay(scale, TUNED_ON)
+    for lr in RANGE:
+        for method in (R2VPO, GRPO):
+            yield from at(replay, method, scale.side_seeds, lr=lr)
+    for method in lag_methods().values():
+        for lag in scale.lags:
+            yield from at(lag_base(scale, lag), method, scale.side_seeds)
+    for method in MAIN.values():
+        yield from at(replace(replay, flip=0.1), method, scale.side_seeds)
+    for method in scale.ablations.values():
+        yield from at(replay, method, scale.side_seeds)
+    for delta in scale.deltas:
+        yield from at(replay, {**R2VPO, "delta": delta}, scale.side_seeds)
+    for size in scale.sizes:
+        for method in MAIN.values():
+            yield from at(replace(replay, size=size), method, scale.side_seeds)
+
+
+def lag_base(scale: Scale, lag: int) -> Setting:
+    """No replay; every sample comes from weights that are ``lag`` versions old."""
+    return Setting(task=TUNED_ON, iterations=scale.lag_iterations, lag=lag)
+
+
+def lag_methods() -> Mapping[str, Method]:
+    """The methods of the lag study."""
+    return {OURS: R2VPO, "GRPO": GRPO, "decoupled clip": OTHERS["decoupled clip"]}

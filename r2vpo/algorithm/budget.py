@@ -1,0 +1,78 @@
+"""One budget δ on the second moment V, and the three actuators that hold it.
+
+| actuator | holds | acts | file |
+|---|---|---|---|
+| multiplier λ | the tails: tokens that run away | once per optimiser step | `dual.py` |
+| step scale s | the mean of V | once per learner step | `step_control.py` |
+| end of the learner step | what the other two let through | as soon as V exceeds 2·δ̂ | here |
+
+δ̂ = δ·q is the budget of a batch, where q is the share of its trained tokens that carry a signal (see `step_control`).
+All three compare V with it, so that one number is all there is to choose.
+
+The first optimiser step of a learner step measures V before anything has moved: it says nothing, and no actuator looks
+at it. (Averaging that 0 in would let λ sink to its floor, since s holds the mean of all the others.)
+
+**Ending early.** V measured above 2·δ̂ means that the policy has moved by more than its budget since the batch was
+taken; what is left of the batch, and of its further passes, would be trained on from too far away. Groups that were not
+trained on so stay in the store and may be drawn again.
+
+See docs/budget.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import inf, isfinite
+from typing import Any
+
+from r2vpo.algorithm.config import AlgorithmConfig
+from r2vpo.algorithm.dual import make_dual
+from r2vpo.algorithm.step_control import make_step_control
+
+_TOO_FAR = 2.0
+
+
+class Budget:
+    """What a learner asks before, during and after each of its steps."""
+
+    def __init__(self, config: AlgorithmConfig) -> None:
+        self.dual = make_dual(config)
+        self.step_control = make_step_control(config)
+        self._limit = _TOO_FAR * config.delta if config.ends_early else inf
+        self._signal_share = 0.0
+        self._second_moments: list[float] = []
+
+    @property
+    def lam(self) -> float:
+        """The multiplier λ."""
+        return self.dual.lam
+
+    @property
+    def scale(self) -> float:
+        """The factor s of the learning rate."""
+        return self.step_control.scale
+
+    def begin(self, *, signal_share: float) -> None:
+        """A learner step begins, on a batch of which this share of trained tokens has an advantage other than 0."""
+        self._signal_share, self._second_moments = signal_share, []
+
+    def observe(self, second_moment: float) -> bool:
+        """An optimiser step was made whose minibatch measured V. Returns whether the learner step may go on."""
+        self._second_moments.append(second_moment)
+        if len(self._second_moments) == 1 or self._signal_share == 0 or not isfinite(second_moment):
+            return True
+        self.dual.update(second_moment / self._signal_share)
+        return second_moment <= self._limit * self._signal_share
+
+    def end(self) -> None:
+        """The learner step is over."""
+        self.step_control.update(self._second_moments, signal_share=self._signal_share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State between two learner steps: that of ``dual`` and that of ``step_control``."""
+        return {"dual": self.dual.state_dict(), "step_control": self.step_control.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore exactly what `state_dict` gave. ``ValueError`` if ``state`` is that of other actuators."""
+        self.dual.load_state_dict(state["dual"])
+        self.step_control.load_state_dict(state["step_control"])

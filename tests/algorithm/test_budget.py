@@ -1,0 +1,110 @@
+"""One budget, three actuators: what a learner step tells them, and when it ends."""
+
+import json
+from math import exp, inf, nan
+
+import pytest
+
+from r2vpo.algorithm.budget import Budget
+from r2vpo.algorithm.config import AlgorithmConfig
+
+DELTA = 0.01
+
+
+def budget(**settings) -> Budget:
+    return Budget(AlgorithmConfig(delta=DELTA, **settings))
+
+
+def test_the_first_optimiser_step_moves_nothing_whatever_it_measured():
+    b = budget()
+    b.begin(signal_share=1.0)
+    assert b.observe(1e6)
+    b.end()
+    assert (b.lam, b.scale) == (0.5, 1.0)
+
+
+def test_lambda_rises_with_the_second_moment_of_later_steps():
+    b = budget()
+    b.begin(signal_share=1.0)
+    b.observe(0.0)
+    b.observe(2 * DELTA)
+    # Vs = 0.9·δ + 0.1·2δ = 1.1·δ: λ = 0.5·exp(0.1·0.1)
+    assert b.lam == pytest.approx(0.5 * exp(0.01))
+
+
+def test_all_actuators_compare_with_the_share_of_the_batch_that_has_a_signal():
+    b = budget()
+    b.begin(signal_share=0.25)
+    b.observe(0.0)
+    # A quarter of the tokens carry a signal: δ/4 is exactly the budget of this batch.
+    assert b.observe(DELTA / 4)
+    assert b.lam == pytest.approx(0.5)
+    assert not b.observe(2.01 * DELTA / 4)
+    b.end()
+    # V̄ = (1 + 2.01)/2 budgets: Vs = 0.7 + 0.3·1.505
+    assert b.scale == pytest.approx((0.7 + 0.3 * 1.505) ** -0.3)
+
+
+@pytest.mark.parametrize(("second_moment", "goes_on"), [(2 * DELTA, True), (2.001 * DELTA, False), (inf, True)])
+def test_a_learner_step_ends_above_twice_its_budget(second_moment, goes_on):
+    b = budget()
+    b.begin(signal_share=1.0)
+    b.observe(0.0)
+    assert b.observe(second_moment) is goes_on
+
+
+def test_a_batch_without_signal_has_no_budget_to_exceed_and_moves_no_actuator():
+    b = budget()
+    b.begin(signal_share=0.0)
+    assert b.observe(0.0)
+    assert b.observe(10.0)
+    b.end()
+    assert (b.lam, b.scale) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"end_early": False}, {"step_control": False}, {"name": "grpo"}, {"name": "plain_is"}]
+)
+def test_ending_early_goes_with_step_control_unless_asked_otherwise(settings):
+    b = budget(**settings)
+    b.begin(signal_share=1.0)
+    b.observe(0.0)
+    assert b.observe(1e9)
+
+
+def test_a_rival_may_have_it_too():
+    b = budget(name="grpo", step_control=True)
+    b.begin(signal_share=1.0)
+    b.observe(0.0)
+    assert not b.observe(1.0)
+    assert b.lam == 0.0
+
+
+def test_a_restored_budget_continues_exactly():
+    b, restored = budget(), budget()
+    for step in range(3):
+        b.begin(signal_share=0.5)
+        for v in (0.0, 0.002 * step, 0.004, nan):
+            b.observe(v)
+        b.end()
+    restored.load_state_dict(json.loads(json.dumps(b.state_dict())))
+    assert restored.state_dict() == b.state_dict()
+    for x in (b, restored):
+        x.begin(signal_share=1.0)
+        x.observe(0.0)
+        x.observe(0.013)
+        x.end()
+    assert (restored.lam, restored.scale) == (b.lam, b.scale)
+
+
+def test_each_learner_step_begins_anew():
+    b = budget()
+    b.begin(signal_share=1.0)
+    b.observe(0.0)
+    b.observe(100.0)
+    b.end()
+    scale = b.scale
+    b.begin(signal_share=1.0)
+    assert b.observe(100.0)  # the first of this step
+    b.end()
+    assert b.scale == scale

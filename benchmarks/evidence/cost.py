@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from benchmarks.table import at_most, emit
 from learner.collate import MicroBatch, TrainingBatch, collate, pack
 from learner.config import LearnerConfig
 from learner.engine import init_distributed
@@ -132,4 +133,4 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
-    print(cost_share())
+    emit(at_most("objective and statistics ÷ learner step", share, "share", 0.03) for share in [cost_share()])

@@ -317,8 +317,8 @@ def test_interquartile_mean_and_its_interval():
 
 
 def test_an_id_depends_on_the_algorithm_s_defaults_too():
-    assert Setting(algorithm={"delta": 0.01}).id == Setting().id
-    assert Setting(algorithm={"delta": 0.02}).id != Setting().id
+    assert Setting(algorithm={"delta": AlgorithmConfig().delta}).id == Setting().id
+    assert Setting(algorithm={"delta": 0.5}).id != Setting().id
 
 
 def made_run(setting, *, reaches, accuracy):

@@ -67,7 +67,7 @@ def _learning_curves(found: Results, path: Path) -> None:
                 if curves:
                     _band(axis, curves, name, style, label=f"{name}{'' if style == '-' else ', on-policy'}")
         axis.set(title=task, xlabel="thousand rollouts", ylabel="sampled accuracy")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[1].legend(frameon=False, fontsize=8, loc="lower right")
     _save(figure, path)
 
 

@@ -30,7 +30,9 @@ class Batch:
     tokens: int
     """Tokens of all trajectories, prompts included."""
     minibatches: int
-    """Optimiser steps."""
+    """Optimiser steps of one pass."""
+    passes: int
+    """Passes, unless the budget ends the learner step sooner."""
     minibatch_groups: int
     """Groups of the largest minibatch."""
     micro_batches: int
@@ -81,6 +83,7 @@ def batch(config: RunConfig) -> Batch:
         trajectories=groups * rollout.group_size,
         tokens=groups * rollout.group_size * longest,
         minibatches=learner.minibatches,
+        passes=learner.passes,
         minibatch_groups=minibatch_groups,
         micro_batches=len(per_rank[0]),
         row_tokens=longest * max(len(members) for bins in per_rank for members in bins),

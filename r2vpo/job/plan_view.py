@@ -94,6 +94,7 @@ def _step_rows(plan: Plan) -> list[Row]:
     batch, config = plan.batch, plan.config
     steps, size = config.learner.steps, config.rollout.group_size
     prompts = steps * batch.fresh
+    passes = f" in each of at most {batch.passes} passes" if batch.passes > 1 else ""
     epochs = "" if plan.num_prompts is None else f", {prompts / plan.num_prompts:.2g} epochs of {plan.num_prompts:,}"
     groups = batch.fresh + batch.stale
     return [
@@ -108,7 +109,7 @@ def _step_rows(plan: Plan) -> list[Row]:
         ),
         (
             "optimiser",
-            f"{batch.minibatches} steps, each on {_upto(groups, batch.minibatches)} groups = "
+            f"{batch.minibatches} steps{passes}, each on {_upto(groups, batch.minibatches)} groups = "
             f"{batch.minibatch_groups * size:,} trajectories",
         ),
         (
@@ -116,7 +117,10 @@ def _step_rows(plan: Plan) -> list[Row]:
             f"{batch.micro_batches} per optimiser step on each of {config.learner.ranks} rank"
             f"{'s' * (config.learner.ranks != 1)}, of ≤ {batch.row_tokens:,} tokens",
         ),
-        ("whole run", f"{steps:,} steps: {prompts:,} prompts{epochs}; {steps * batch.minibatches:,} optimiser steps"),
+        (
+            "whole run",
+            f"{steps:,} steps: {prompts:,} prompts{epochs}; {steps * batch.minibatches * batch.passes:,} optimiser steps",
+        ),
     ]
 
 

@@ -92,6 +92,14 @@ def test_the_quickstart_can_start_here_and_its_plan_says_how_it_is_made_up(capsy
         assert part in text
 
 
+def test_passes_over_the_batch_multiply_the_optimiser_steps(capsys):
+    assert cli.main(["plan", str(CONFIGS / "quickstart.yaml"), "--bandwidth", "1", "learner.passes=3"]) == 0
+    told = capsys.readouterr().out
+    assert "4 steps in each of at most 3 passes, each on 8 groups" in told
+    assert "100 steps: 1,600 prompts" in told
+    assert "1,200 optimiser steps" in told
+
+
 def test_memory_of_the_two_measured_runs_is_within_a_fifth():
     """Sum of the PSS of all processes at its largest, two cores, no GPU: docs/plan.md says how it was measured."""
     small = ModelShape(

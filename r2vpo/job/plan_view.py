@@ -94,6 +94,7 @@ def _step_rows(plan: Plan) -> list[Row]:
     batch, config = plan.batch, plan.config
     steps, size = config.learner.steps, config.rollout.group_size
     prompts = steps * batch.fresh
+    total = steps * batch.minibatches * batch.passes
     passes = f" in each of at most {batch.passes} passes" if batch.passes > 1 else ""
     epochs = "" if plan.num_prompts is None else f", {prompts / plan.num_prompts:.2g} epochs of {plan.num_prompts:,}"
     groups = batch.fresh + batch.stale
@@ -119,7 +120,7 @@ def _step_rows(plan: Plan) -> list[Row]:
         ),
         (
             "whole run",
-            f"{steps:,} steps: {prompts:,} prompts{epochs}; {steps * batch.minibatches * batch.passes:,} optimiser steps",
+            f"{steps:,} steps: {prompts:,} prompts{epochs}; {total:,} optimiser steps",
         ),
     ]
 

@@ -25,6 +25,7 @@ BATCH = Batch(
     trajectories=2,
     tokens=32,
     minibatches=1,
+    passes=1,
     minibatch_groups=1,
     micro_batches=1,
     row_tokens=16,

@@ -3,7 +3,9 @@
     runs/NAME/  config.yaml   the resolved settings
                 metrics.jsonl one object per learner step
                 summary.json  the result
+                status.json   what every component does, about once a second while the run goes on
                 replay/  checkpoints/  logs/  model/
+                control/      commands to the driver, and its answers (mailbox.py)
                 lock          held (flock) by the process that runs it
 
 A name is taken by the `mkdir` itself, so two processes can never share one.
@@ -16,11 +18,17 @@ import json
 import os
 import re
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from r2vpo.job.settings import ConfigError
+
+LOCK_TRIES = 5
+LOCK_PAUSE_S = 0.1
+"""A look at the lock (`RunDir.runner`) holds it for a moment; a driver that comes just then tries again."""
 
 
 class RunDirError(ConfigError):
@@ -47,7 +55,7 @@ class RunDir:
         except OSError as error:
             raise RunDirError(f"run_dir={root}: cannot make {run.path}: {error.strerror}") from None
         run._acquire()
-        for folder in (run.replay, run.checkpoints, run.logs):
+        for folder in (run.replay, run.checkpoints, run.logs, run.control):
             folder.mkdir()
         return run
 
@@ -111,6 +119,30 @@ class RunDir:
         """The trained model in Hugging Face format."""
         return self.path / "model"
 
+    @property
+    def status(self) -> Path:
+        """What every component does: see `status.py`."""
+        return self.path / "status.json"
+
+    @property
+    def control(self) -> Path:
+        """Commands to the driver: see `mailbox.py`."""
+        return self.path / "control"
+
+    def runner(self) -> str | None:
+        """The number of the process that runs this run now (its text, as the lock says it); None if nobody does."""
+        try:
+            lock = os.open(self.path / "lock", os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return os.read(lock, 32).decode(errors="replace").strip() or "?"
+        finally:
+            os.close(lock)
+        return None
+
     def write_config(self, text: str) -> None:
         """Replace config.yaml as a whole."""
         write_atomic(self.config, text)
@@ -134,15 +166,22 @@ class RunDir:
     def _acquire(self) -> None:
         """Hold the lock; the kernel lets go of it when the process ends, however it ends."""
         lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        for _ in range(LOCK_TRIES):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(LOCK_PAUSE_S)
+        else:
             holder = os.read(lock, 32).decode(errors="replace").strip()
             os.close(lock)
             raise RunDirError(f"{self.path} is being run by process {holder or '?'}; wait for it or stop it") from None
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         self._lock = lock
+        # Whatever lies there was meant for a driver that is dead: only now can a command be meant for this one.
+        for left in self.control.glob("*.json"):
+            left.unlink(missing_ok=True)
 
 
 def occupied(path: Path) -> RunDirError:
@@ -162,12 +201,21 @@ def next_free(root: Path, stem: str) -> str:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new content, never half of one, even after a power cut."""
+    _replace(path, text, sync=os.fsync)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """As ``write_atomic``, but without waiting for the disk: after a power cut the content may be lost."""
+    _replace(path, text, sync=lambda descriptor: None)
+
+
+def _replace(path: Path, text: str, *, sync: Callable[[int], None]) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:

@@ -1,20 +1,28 @@
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from r2vpo.job.rundir import RunDir, RunDirError, next_free, write_atomic
+from r2vpo.job.rundir import RunDir, RunDirError, next_free, write_atomic, write_whole
 
 
 def test_a_new_run_has_its_folders_and_holds_its_name(tmp_path):
     with RunDir.create(tmp_path / "runs", "a") as run:
         assert run.name == "a"
-        assert sorted(entry.name for entry in run.path.iterdir()) == ["checkpoints", "lock", "logs", "replay"]
+        assert sorted(entry.name for entry in run.path.iterdir()) == [
+            "checkpoints",
+            "control",
+            "lock",
+            "logs",
+            "replay",
+        ]
         with pytest.raises(RunDirError, match=r"name=a is occupied.*--resume.*name=…"):
             RunDir.create(tmp_path / "runs", "a")
 
@@ -86,3 +94,40 @@ def test_the_summary_is_json_without_nan(tmp_path):
         assert json.loads(run.summary.read_text()) == {"λ": 1.5}
         with pytest.raises(ValueError, match="not JSON compliant"):
             run.write_summary({"x": float("nan")})
+
+
+def test_who_runs_a_run_is_known_without_disturbing_it(tmp_path):
+    run = RunDir.create(tmp_path, "a")
+    assert RunDir(tmp_path / "a").runner() == str(os.getpid())
+    run.close()
+    assert RunDir(tmp_path / "a").runner() is None
+    assert RunDir(tmp_path / "none").runner() is None
+
+
+def test_a_driver_that_starts_while_somebody_looks_at_the_lock_gets_it(tmp_path):
+    with RunDir.create(tmp_path, "a") as run:
+        run.write_config("name: a\n")
+    look = os.open(tmp_path / "a" / "lock", os.O_RDONLY)
+    fcntl.flock(look, fcntl.LOCK_SH)
+    threading.Timer(0.15, os.close, [look]).start()
+    RunDir.open(tmp_path, "a").close()
+
+
+def test_commands_to_a_dead_driver_are_gone_when_the_next_one_has_the_run(tmp_path):
+    with RunDir.create(tmp_path, "a") as run:
+        run.write_config("name: a\n")
+    (run.control / "1.request.json").write_text("{}")
+    (run.control / "1.answer.json").write_text("{}")
+    with RunDir.open(tmp_path, "a"):
+        assert list(run.control.iterdir()) == []
+
+
+def test_a_file_is_replaced_as_a_whole_and_nothing_else_is_left(tmp_path):
+    for write in (write_atomic, write_whole):
+        write(tmp_path / "x", "old")
+        write(tmp_path / "x", "new")
+        assert (tmp_path / "x").read_text() == "new"
+        with pytest.raises(UnicodeEncodeError):
+            write(tmp_path / "x", "\ud800")
+        assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+        assert (tmp_path / "x").read_text() == "new"

@@ -152,7 +152,7 @@ def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if not arguments.resume and not arguments.next_free and (Path(config.run_dir) / config.name).exists():
         raise occupied(Path(config.run_dir) / config.name)
-    preflight(config)
+    facts = preflight(config)
     warnings = check_stack()
     with _take(config, resume=arguments.resume, next_free=arguments.next_free) as run:
         config = replace(config, name=run.name)
@@ -161,7 +161,7 @@ def _train(arguments: argparse.Namespace) -> int:
         for sentence in (*warnings, *config.notes):
             print(f"r2vpo: note: {sentence}", file=sys.stderr)
         run.write_config(to_yaml(config))
-        record_start(run, config, resume=arguments.resume)
+        record_start(run, config, resume=arguments.resume, num_prompts=facts.num_prompts)
         os.environ.update(config.ray.environment())
         from r2vpo.job.driver import run_job  # brings Ray: only now
 

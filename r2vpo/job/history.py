@@ -41,6 +41,8 @@ class Start:
     """The resolved settings, the text of config.yaml."""
     environment: Mapping[str, str]
     """What numbers may depend on besides: versions of libraries, digest of the learner's code, the driver's CPU."""
+    num_prompts: int | None = None
+    """Prompts of one epoch of the task; None where it was not noted."""
 
     def config(self) -> RunConfig:
         """The settings as a ``RunConfig``. ``ConfigError`` if this version of R²VPO does not know them."""
@@ -57,7 +59,7 @@ class Start:
                 ) from error
 
 
-def record_start(run: RunDir, config: RunConfig, *, resume: bool) -> None:
+def record_start(run: RunDir, config: RunConfig, *, resume: bool, num_prompts: int | None = None) -> None:
     """Add a start to the history: from the run's newest checkpoint if it is resumed, else at step 0."""
     checkpoint = newest(run.checkpoints) if resume else None
     start = Start(
@@ -65,6 +67,7 @@ def record_start(run: RunDir, config: RunConfig, *, resume: bool) -> None:
         started_s=time.time(),
         settings=to_yaml(config),
         environment=environment(),
+        num_prompts=num_prompts,
     )
     path = run.path / NAME
     earlier = path.read_text(encoding="utf-8") if path.exists() else ""

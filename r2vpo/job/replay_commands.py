@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from r2vpo.job.config import load_config
+from r2vpo.job.replay_audit import as_json, audit_run, lines_of
 from r2vpo.job.replay_view import Screen, export_text, group_lines, listing_lines, stats_lines
 from r2vpo.job.rundir import RunDir
 from r2vpo.job.settings import ConfigError
@@ -45,6 +46,7 @@ examples:
   r2vpo replay ls quickstart-1 --step 12 --json
   r2vpo replay show quickstart-1 0.17 --tokens
   r2vpo replay verify quickstart-1
+  r2vpo replay verify --deep quickstart-1
   r2vpo replay export quickstart-1 --to trajectories.parquet
 """
 
@@ -68,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--tokens", action="store_true", help="with every token: id, log-prob, version")
     verify = commands.add_parser("verify", parents=[shared], help="read and check everything; exit code 1 if not sound")
     verify.add_argument("--quiet", action="store_true", help="print problems only")
+    verify.add_argument(
+        "--deep", action="store_true", help="an independent audit of store, checkpoints, metrics and settings"
+    )
+    verify.add_argument(
+        "--acknowledged", type=Path, metavar="FILE", help="with --deep: keys, one a line, whose groups must be there"
+    )
+    verify.add_argument("--json", action="store_true", help="with --deep: print JSON")
     export = commands.add_parser("export", parents=[shared], help="write trajectories to a Parquet file")
     export.add_argument("--to", type=Path, required=True, metavar="FILE.parquet", help="the file to write")
     export.add_argument("--tokens", action="store_true", help="with the lists of token ids, log-probs and versions")
@@ -80,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
         # Responses may hold what the terminal's encoding cannot say.
         sys.stdout.reconfigure(errors="backslashreplace")
     path = find_run(arguments.run)
+    if arguments.replay_command == "verify" and (arguments.deep or arguments.acknowledged or arguments.json):
+        return _verify_deep(path, arguments)
     settings = _settings(path)
     command = {
         "stats": _stats,
@@ -181,6 +192,26 @@ def _verify(reader: StoreReader, path: Path, arguments: argparse.Namespace, *, s
         found = f"{problems} problem{'s' * (problems != 1)}" if problems else "sound"
         print(f"{path.name}: {found}")
     return PROBLEMS if problems else 0
+
+
+def _verify_deep(path: Path, arguments: argparse.Namespace) -> int:
+    if not arguments.deep:
+        raise ConfigError(f"{'--acknowledged' if arguments.acknowledged else '--json'} is an option of verify --deep")
+    silent = arguments.quiet or arguments.json
+    try:
+        audit = audit_run(
+            RunDir(path), acknowledged=arguments.acknowledged, progress=lambda what: None if silent else _note(what)
+        )
+    except ReplayError as error:
+        raise ConfigError(str(error)) from error
+    if arguments.json:
+        _say_json(as_json(path.name, audit), indent=2)
+    else:
+        for sentence in () if arguments.quiet else audit.notes:
+            _note(sentence)
+        for line in lines_of(path.name, audit, quiet=arguments.quiet):
+            print(line)
+    return PROBLEMS if audit.violations else 0
 
 
 def _export(reader: StoreReader, path: Path, arguments: argparse.Namespace) -> int:

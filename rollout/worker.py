@@ -213,7 +213,9 @@ class RolloutWorker:
             self._say_why(verdicts)
             group = scored_group(lease, prompt, token_ids, completions, verdicts, worker=self.name)
         await self._sync.proven()
-        if await self._groups.append(group):
+        is_new = await self._groups.append(group)
+        logger.debug("acknowledged %s", group.key)
+        if is_new:
             self._num_groups += 1
             self._num_trajectories += len(group.trajectories)
             self._num_tokens += group.num_sampled_tokens

@@ -23,7 +23,7 @@ from r2vpo.job.config import RunConfig, load_config
 from r2vpo.job.history import read_starts
 from r2vpo.job.rundir import RunDir
 from r2vpo.job.settings import ConfigError
-from replay.audit import RULES, Audit, Violation, audit_store
+from replay.audit import ACKNOWLEDGED, RULES, Audit, Violation, audit_store
 from replay.audit_rules import Order, StepSettings
 
 CHECKPOINTS, METRICS = "checkpoints", "metrics"
@@ -103,7 +103,9 @@ def lines_of(name: str, audit: Audit, *, quiet: bool = False) -> Iterator[str]:
             yield f"{rule}: and {len(sentences) - MOST_SHOWN} more"
     if not quiet:
         number = len(audit.violations)
-        yield f"{name}: " + (f"{number} violation{'s' * (number != 1)}" if number else "everything holds")
+        left_out = [rule for rule in audit.skipped if rule != ACKNOWLEDGED]
+        unknown = f", as far as it could be checked: not {', '.join(left_out)}" if left_out else ""
+        yield f"{name}: " + (f"{number} violation{'s' * (number != 1)}" if number else "everything holds") + unknown
 
 
 def as_json(name: str, audit: Audit) -> dict[str, Any]:

@@ -197,7 +197,8 @@ def _verify(reader: StoreReader, path: Path, arguments: argparse.Namespace, *, s
 def _verify_deep(path: Path, arguments: argparse.Namespace) -> int:
     if not arguments.deep:
         raise ConfigError(f"{'--acknowledged' if arguments.acknowledged else '--json'} is an option of verify --deep")
-    silent = arguments.quiet or arguments.json
+    num_bytes = sum(file.stat().st_size for file in RunDir(path).replay.glob("*.sqlite3"))
+    silent = arguments.quiet or arguments.json or num_bytes < LONG_BYTES
     try:
         audit = audit_run(
             RunDir(path), acknowledged=arguments.acknowledged, progress=lambda what: None if silent else _note(what)

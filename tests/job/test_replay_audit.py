@@ -228,6 +228,8 @@ def test_the_command_says_what_holds_and_what_does_not(run, said):
     assert "1 WRONG      metrics have" in result.out
     assert "metrics: step 0 is missing, but step 3 is there" in result.out
     assert result.out.endswith("toy: 1 violation\n")
+    (run.path / NAME).unlink()
+    assert said("--deep", "toy").out.endswith("toy: 1 violation, as far as it could be checked: not prompts\n")
     assert said("--deep", "--quiet", "toy").out == "metrics: step 0 is missing, but step 3 is there\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import subprocess
 from itertools import pairwise
@@ -63,6 +64,13 @@ async def test_why_there_is_no_reward_is_written_down_once_per_reason(world, cap
     await world.start(3, 4)
     await until(lambda: len(world.store.groups) == 2)
     assert caplog.messages == ["no reward (timeout): slow", "no reward (error): KeyError: 1"]
+
+
+async def test_every_acknowledged_key_is_said_for_whoever_listens(world, caplog):
+    caplog.set_level(logging.DEBUG, logger="rollout.worker")
+    await world.start(3, 4)
+    await until(lambda: len(caplog.messages) == 2)
+    assert sorted(caplog.messages) == ["acknowledged 0.3", "acknowledged 0.4"]
 
 
 async def test_before_the_first_verified_weights_nothing_is_asked_for(world):

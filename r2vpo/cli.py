@@ -16,12 +16,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-from r2vpo.job import plan, replay_commands, replay_step
+from r2vpo.job import control_commands, logs_command, plan, replay_commands, replay_step, status_command
 from r2vpo.job.config import RunConfig, check_resumable, load_config, to_yaml
+from r2vpo.job.find_run import add_run_arguments, run_dir_of
 from r2vpo.job.history import record_start
 from r2vpo.job.preflight import preflight
+from r2vpo.job.readings import near_path
+from r2vpo.job.run_report import FINISHED, look
 from r2vpo.job.rundir import RunDir, occupied
 from r2vpo.job.settings import ConfigError
+from r2vpo.job.status_view import next_step
 from r2vpo.job.versions import check_stack
 
 USAGE_ERROR = 2
@@ -34,8 +38,18 @@ examples:
   r2vpo train runs/mine/config.yaml --resume learner.steps=400
   r2vpo config configs/quickstart.yaml learner.lr=1e-4
   r2vpo plan configs/quickstart.yaml rollout.workers=2
+  r2vpo status mine
+  r2vpo stop mine
+  r2vpo resume mine learner.steps=400
   r2vpo replay stats mine
   r2vpo replay-step mine --step 73
+"""
+
+
+RESUME_EXAMPLES = """\
+examples:
+  r2vpo resume quickstart-1
+  r2vpo resume quickstart-1 learner.steps=200
 """
 
 
@@ -56,6 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "plan": plan.run,
             "replay": replay_commands.run,
             "replay-step": replay_step.run,
+            "status": status_command.run,
+            "logs": logs_command.run,
+            "scale": control_commands.scale,
+            "drain": control_commands.drain,
+            "checkpoint": control_commands.checkpoint,
+            "stop": control_commands.stop,
+            "resume": _resume,
         }
         return commands[arguments.command](arguments)
     except ConfigError as error:
@@ -110,6 +131,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+    _add_job_commands(commands)
     replay_step.add_arguments(
         commands.add_parser(
             "replay-step",
@@ -141,6 +163,62 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+def _add_job_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
+    """The commands that look at a run while it goes on, or tell it what to do."""
+
+    def add(name: str, help_text: str, description: str, examples: str) -> _Parser:
+        return commands.add_parser(
+            name,
+            help=help_text,
+            description=description,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    status_command.add_arguments(
+        add(
+            "status",
+            "say what a run does, or how it ended",
+            "Say what a run does, component by component, or how it ended. Exit code 1 if it failed, was interrupted "
+            "or killed.",
+            status_command.EXAMPLES,
+        )
+    )
+    logs_command.add_arguments(
+        add("logs", "print what a run has logged", "Print what the parts of a run have logged.", logs_command.EXAMPLES)
+    )
+    for name, add_arguments, help_text, description in (
+        (
+            "scale",
+            control_commands.add_scale_arguments,
+            "set the number of rollout workers",
+            "Set the number of rollout workers of a run that goes on.",
+        ),
+        (
+            "drain",
+            control_commands.add_drain_arguments,
+            "take a rollout worker out of service",
+            "Take a rollout worker, or all on a node, out of service: no new prompt, and nothing is lost.",
+        ),
+        (
+            "checkpoint",
+            control_commands.add_checkpoint_arguments,
+            "write a checkpoint now",
+            "Write a checkpoint after the learner step that is under way, and return once it is on disk.",
+        ),
+        (
+            "stop",
+            control_commands.add_stop_arguments,
+            "end a run with a checkpoint",
+            "End a run after the learner step that is under way, with a checkpoint, and wait until it has ended.",
+        ),
+    ):
+        add_arguments(add(name, help_text, description, control_commands.EXAMPLES))
+    resume = add("resume", "go on with a run", "Go on with a run from its newest checkpoint.", RESUME_EXAMPLES)
+    add_run_arguments(resume)
+    resume.add_argument("overrides", nargs="*", metavar="key=value", help="changes a setting, as of train")
+
+
 def _show_config(arguments: argparse.Namespace) -> int:
     """``r2vpo config``."""
     print(to_yaml(load_config(arguments.config, arguments.overrides)), end="")
@@ -166,6 +244,17 @@ def _train(arguments: argparse.Namespace) -> int:
         from r2vpo.job.driver import run_job  # brings Ray: only now
 
         return run_job(config, run, resume=arguments.resume)
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    """``r2vpo resume``: ``r2vpo train RUN/config.yaml --resume``, also where the run's folder was moved."""
+    run = run_dir_of(arguments)
+    report = look(run)
+    if report.state == FINISHED and not any(text.startswith("learner.steps=") for text in arguments.overrides):
+        raise ConfigError(f"{run.name} is finished; {next_step(report, near_path(run.path))}")
+    arguments.config, arguments.resume, arguments.next_free = run.config, True, False
+    arguments.overrides = [*arguments.overrides, f"run_dir={run.path.parent}", f"name={run.name}"]
+    return _train(arguments)
 
 
 def _take(config: RunConfig, *, resume: bool, next_free: bool) -> RunDir:

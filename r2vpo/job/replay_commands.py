@@ -16,12 +16,12 @@ import os
 import re
 import sys
 from dataclasses import asdict
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from r2vpo.job.config import load_config
+from r2vpo.job.find_run import find_run
 from r2vpo.job.replay_audit import as_json, audit_run, lines_of
 from r2vpo.job.replay_view import Screen, export_text, group_lines, listing_lines, stats_lines
 from r2vpo.job.rundir import RunDir
@@ -32,7 +32,6 @@ from replay.export import export_parquet
 from replay.reader import StoredGroup, StoreReader
 from replay.shard_view import STATES, GroupFilter, GroupInfo
 
-RUNS = Path("runs")
 LONG_BYTES = 200_000_000
 """Of a store that takes more than a moment to verify: what is being read is then said."""
 PROBLEMS = 1
@@ -113,32 +112,6 @@ def run(arguments: argparse.Namespace) -> int:
     except ReplayError as error:
         raise ConfigError(str(error)) from error
     return code
-
-
-def find_run(text: str) -> Path:
-    """The folder of a run, given as a path or as a name in ./runs. ``ConfigError`` naming near ones if it is none."""
-    given = Path(text).expanduser()
-    for path in (given, RUNS / text):
-        if RunDir(path).replay.is_dir():
-            return path
-    for path in (given, RUNS / text):
-        if path.is_dir():
-            raise ConfigError(f"{path} is no run, or one that has not begun: it has no folder replay")
-    folder = given.parent if len(given.parts) > 1 else RUNS
-    names = _runs_in(folder)
-    if not names:
-        raise ConfigError(f"there is no run {text}, and none at all in {folder}/")
-    near = get_close_matches(given.name, names, n=5, cutoff=0.5) or names[:5]
-    more = "" if len(near) == len(names) else f" and {len(names) - len(near)} more"
-    raise ConfigError(f"there is no run {text}; {folder}/ holds {', '.join(near)}{more}")
-
-
-def _runs_in(folder: Path) -> list[str]:
-    """Names of the runs in a folder, the newest first."""
-    if not folder.is_dir():
-        return []
-    runs = [entry for entry in folder.iterdir() if RunDir(entry).replay.is_dir()]
-    return [entry.name for entry in sorted(runs, key=lambda entry: entry.stat().st_mtime, reverse=True)]
 
 
 def _stats(reader: StoreReader, path: Path, arguments: argparse.Namespace) -> int:

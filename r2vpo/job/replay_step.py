@@ -23,7 +23,7 @@ from typing import Any
 from learner.checkpoint import pinned
 from r2vpo.job.config import RayConfig
 from r2vpo.job.differences import Comparison, closing, compare, first_difference, table
-from r2vpo.job.replay_commands import find_run
+from r2vpo.job.find_run import find_run
 from r2vpo.job.rundir import RunDir
 from r2vpo.job.settings import ConfigError
 from r2vpo.job.step_plan import StepPlan, make_plan, removed_meanwhile

@@ -35,6 +35,8 @@ class ReplayConfig:
     """How strongly (0 to 100): 0 draws uniformly."""
     max_uses: int | None = None
     """Learner steps that may train on one group; its payload is then evicted. null is any number."""
+    min_verdicts: int = 2
+    """Members of a group that must have a verdict (2 or more) for it to be trained on; those without are left out."""
     skip_no_signal: str = "stale"
     """Which groups with equal rewards, all of them stored and counted, are not drawn: `none`, those that would be drawn
     again (`stale`), or `all`. `window`, which may draw any group again, takes `stale` as `all`."""
@@ -58,6 +60,11 @@ class ReplayConfig:
         require.between("replay.priority_exponent", self.priority_exponent, 0.0, 100.0)
         require.at_least("replay.shards", self.shards, 1)
         require.positive("replay.lease_s", self.lease_s)
+        if self.min_verdicts < 2:
+            raise ValueError(
+                f"replay.min_verdicts={self.min_verdicts} is less than 2: a lone verdict has nothing to be compared "
+                "with, and gives no advantage; set it to 2 or more"
+            )
         if not 0 <= self.stale_fraction < 1:
             raise ValueError(
                 f"replay.stale_fraction={self.stale_fraction} must be at least 0 and below 1: a step needs fresh groups"

@@ -66,7 +66,7 @@ class Index:
         reasons = {int(i): AHEAD for i in rows["id"][ahead]}
         kept &= ~ahead
         was_late = _among(rows, aside, LATE)
-        fresh = kept & (uses == 0) & ~was_late & fresh_candidates(rows, self._config.no_signal_rule)
+        fresh = kept & (uses == 0) & ~was_late & self._fresh_candidates(rows)
         order = np.flatnonzero(fresh)[np.lexsort((rows["id"][fresh], rows["oldest_version"][fresh]))]
         # All fit, unless the run goes on with a smaller max_lag or fewer fresh groups per step than it had.
         in_time = self.dispatcher.limiter.kept(rows["oldest_version"][order].tolist(), next_step=step)
@@ -82,7 +82,7 @@ class Index:
 
     def arrived(self, rows: Rows) -> dict[int, str]:
         """Take in new groups, in order of arrival; returns those to be set aside: id → reason."""
-        fresh = fresh_candidates(rows, self._config.no_signal_rule)
+        fresh = self._fresh_candidates(rows)
         reasons = self.dispatcher.unusable(rows, fresh.tolist())
         for row, is_fresh in zip(rows, fresh, strict=True):
             waits = bool(is_fresh) and int(row["id"]) not in reasons
@@ -168,8 +168,11 @@ class Index:
         return np.array([self._rows[i] for i in group_ids], dtype=ROW)
 
     def _add_to_pool(self, rows: Rows, uses: np.ndarray) -> None:
-        eligible = stale_candidates(rows, self._config.no_signal_rule)
+        eligible = stale_candidates(rows, self._config.no_signal_rule, self._config.min_verdicts)
         self.pool.add(rows[eligible], uses[eligible])
+
+    def _fresh_candidates(self, rows: Rows) -> np.ndarray:
+        return fresh_candidates(rows, self._config.no_signal_rule, self._config.min_verdicts)
 
     def _kind(self, group_id: int, uses: int, step: int) -> Kind:
         """Only in a window may a pooled group be fresh: one never consumed, and still within ``max_lag``."""

@@ -90,7 +90,7 @@ class StoreStats:
     unusable: dict[str, int]
     """Groups by ``UNUSABLE`` reason; a group may count twice."""
     no_signal: int
-    """Groups of two or more verdicts that are all equal."""
+    """Groups of enough verdicts to be trained on, which are all equal."""
     trained: dict[str, int]
     """Groups trained on, by kind, each use counted."""
     lags: dict[str, dict[int, int]]
@@ -107,10 +107,11 @@ class StoreReader:
     ``ReplayError`` if there is no store, its log cannot be read, or none of the shards that are here can.
     """
 
-    def __init__(self, directory: Path, *, skip_no_signal: str = "none") -> None:
-        """``skip_no_signal``: the run's rule (see ``ReplayConfig.no_signal_rule``), by which groups are ``skipped``."""
+    def __init__(self, directory: Path, *, skip_no_signal: str = "none", min_verdicts: int = 2) -> None:
+        """``skip_no_signal``: the run's rule (see ``ReplayConfig.no_signal_rule``), by which groups are ``skipped``;
+        ``min_verdicts``: its setting, by which they are ``unscored``."""
         self.directory = directory
-        self._skip_no_signal = skip_no_signal
+        self._skip_no_signal, self._min_verdicts = skip_no_signal, min_verdicts
         self.missing: dict[int, str] = {}
         """Shards whose files are not here: number → host, empty where it is not known."""
         self.unreadable: dict[int, str] = {}
@@ -315,6 +316,7 @@ class StoreReader:
                 shard=shard,
                 shards=self.shards,
                 skip_no_signal=self._skip_no_signal,
+                min_verdicts=self._min_verdicts,
             )
         except ReplayError as error:
             self.unreadable[shard] = str(error)

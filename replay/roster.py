@@ -73,17 +73,23 @@ class ShardState:
                 self.last_stats = await self.link.stats()
 
 
-def count(shards: Sequence[ShardState], logged: Mapping[str, Any]) -> dict[str, Any]:
-    """Counts over all shards, as last heard of, beside those of the consumption log."""
+def count(shards: Sequence[ShardState], logged: Mapping[str, Any], *, min_verdicts: int) -> dict[str, Any]:
+    """Counts over all shards, as last heard of, beside those of the consumption log.
+
+    Groups of fewer than ``min_verdicts`` are ``unscored``; ``no_signal`` are those of the others whose verdicts agree.
+    """
     heard = [state.last_stats for state in shards if state.last_stats]
-    summed = ("groups", "trajectories", "sampled_tokens", "held_groups", "held_bytes", "no_signal")
+    summed = ("groups", "trajectories", "sampled_tokens", "held_groups", "held_bytes")
+    with_verdicts = sum_by_key([stats["verdicts"] for stats in heard])
+    equal = sum_by_key([stats["equal_verdicts"] for stats in heard])
     return {
         "version": logged["version"],
         **{key: sum(stats[key] for stats in heard) for key in summed},
+        "no_signal": sum(groups for verdicts, groups in equal.items() if verdicts >= min_verdicts),
         "outcomes": sum_by_key([stats["outcomes"] for stats in heard]),
         "uses": logged["uses"],
         "unusable": {
-            "unscored": sum(stats["unscored"] for stats in heard),
+            "unscored": sum(groups for verdicts, groups in with_verdicts.items() if verdicts < min_verdicts),
             **{reason: logged["aside"].get(reason, 0) for reason in (LATE, AHEAD, DAMAGED)},
         },
         "shards": [

@@ -120,19 +120,19 @@ def make_policy(config: ReplayConfig) -> SamplePolicy:
     )
 
 
-def fresh_candidates(rows: Rows, skip_no_signal: str) -> np.ndarray:
+def fresh_candidates(rows: Rows, skip_no_signal: str, min_verdicts: int) -> np.ndarray:
     """Which groups may be trained as fresh ones, bool ``[rows]``.
 
-    Those with two verdicts or more, with ``skip_no_signal="all"`` only if their rewards differ.
+    Those with ``min_verdicts`` or more, with ``skip_no_signal="all"`` only if their rewards differ.
     """
-    scored = rows["num_with_reward"] >= 2
+    scored = rows["num_with_reward"] >= min_verdicts
     return scored & rows["has_signal"] if skip_no_signal == "all" else scored
 
 
-def stale_candidates(rows: Rows, skip_no_signal: str) -> np.ndarray:
+def stale_candidates(rows: Rows, skip_no_signal: str, min_verdicts: int) -> np.ndarray:
     """Which groups may be drawn from the pool, bool ``[rows]``.
 
-    Those with two verdicts or more, unless ``skip_no_signal="none"`` only if their rewards differ.
+    Those with ``min_verdicts`` or more, unless ``skip_no_signal="none"`` only if their rewards differ.
     """
-    scored = rows["num_with_reward"] >= 2
+    scored = rows["num_with_reward"] >= min_verdicts
     return scored if skip_no_signal == "none" else scored & rows["has_signal"]

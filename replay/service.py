@@ -239,7 +239,7 @@ class ReplayService:
                 self._expire()
         logged = await self._log.ask(lambda log: log.stats())
         return {
-            **count(self._shards, logged),
+            **count(self._shards, logged, min_verdicts=self._config.min_verdicts),
             "fresh_waiting": len(self._dispatcher.waiting) if self._index else 0,
             "in_flight": len(self._dispatcher.ledger.live) if self._index else 0,
             "stale_eligible": len(self._index.pool) if self._index else 0,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,6 @@ _COUNTS = {
     **{outcome.value: f"SUM(num_{outcome.value})" for outcome in Outcome},
     "held_groups": "SUM(evicted_s IS NULL)",
     "held_bytes": "SUM(CASE WHEN evicted_s IS NULL THEN num_bytes ELSE 0 END)",
-    "no_signal": "SUM(num_with_reward >= 2 AND NOT has_signal)",
-    "unscored": "SUM(num_with_reward < 2)",
 }
 
 
@@ -71,7 +70,11 @@ class ShardStore:
         )
         try:
             self._check_place()
-            self._counts = {} if read_only else self._count()
+            self._counts: dict[str, int] = {}
+            self._verdicts: Counter[int] = Counter()  # groups by their number of verdicts …
+            self._equal: Counter[int] = Counter()  # … and those of them whose verdicts do not differ
+            if not read_only:
+                self._count()
             self._next_id = 0 if read_only else self._first_free_id()
         except BaseException:
             self._db.close()
@@ -171,15 +174,28 @@ class ShardStore:
 
     def held(self) -> tuple[int, int]:
         """Groups whose payload is held, and the bytes of these payloads."""
-        counts = self._counts or self._count()
-        return counts["held_groups"], counts["held_bytes"]
+        if self._db.read_only:
+            self._count()
+        return self._counts["held_groups"], self._counts["held_bytes"]
 
     def stats(self) -> dict[str, Any]:
-        """Counts over everything ever stored, and ``file_bytes``. The writer has them in memory."""
-        counts = dict(self._counts or self._count())
+        """Counts over everything ever stored, and ``file_bytes``. The writer has them in memory.
+
+        ``verdicts``: number of verdicts → groups; ``equal_verdicts``: the same, of groups whose verdicts do not differ.
+        """
+        if self._db.read_only:
+            self._count()
+        counts = dict(self._counts)
         outcomes = {outcome.value: counts.pop(outcome.value) for outcome in Outcome}
         evicted = counts["groups"] - counts["held_groups"]
-        return {**counts, "outcomes": outcomes, "evicted": evicted, "file_bytes": self._db.file_bytes()}
+        return {
+            **counts,
+            "outcomes": outcomes,
+            "verdicts": dict(self._verdicts),
+            "equal_verdicts": dict(self._equal),
+            "evicted": evicted,
+            "file_bytes": self._db.file_bytes(),
+        }
 
     def verify(self) -> Iterator[str]:
         """Read everything and yield one sentence per problem; nothing if the shard is sound."""
@@ -255,9 +271,15 @@ class ShardStore:
         except (TypeError, ValueError) as error:
             raise DamagedFile(f"replay store {self.path}: a row of table groups is damaged ({error})") from error
 
-    def _count(self) -> dict[str, int]:
-        row = self._db.rows(f"SELECT {', '.join(_COUNTS.values())} FROM groups")[0]
-        return {name: value or 0 for name, value in zip(_COUNTS, row, strict=True)}
+    def _count(self) -> None:
+        """Count everything anew."""
+        sums = ", ".join(_COUNTS.values())
+        found = self._db.rows(
+            f"SELECT {sums}, num_with_reward, SUM(NOT has_signal) FROM groups GROUP BY num_with_reward"
+        )
+        self._counts = {name: sum(row[i] for row in found) for i, name in enumerate(_COUNTS)}
+        self._verdicts = Counter({row[-2]: row[0] for row in found})
+        self._equal = Counter({row[-2]: row[-1] for row in found})
 
     def _count_new(self, columns: Sequence[dict[str, Any]]) -> None:
         """What ``_count`` would say after these groups."""
@@ -269,8 +291,8 @@ class ShardStore:
                 self._counts[outcome.value] += group[f"num_{outcome.value}"]
             self._counts["held_groups"] += 1
             self._counts["held_bytes"] += group["num_bytes"]
-            self._counts["no_signal"] += group["num_with_reward"] >= 2 and not group["has_signal"]
-            self._counts["unscored"] += group["num_with_reward"] < 2
+            self._verdicts[group["num_with_reward"]] += 1
+            self._equal[group["num_with_reward"]] += not group["has_signal"]
 
     def _first_free_id(self) -> int:
         newest = self._db.one("SELECT MAX(id) FROM groups")

@@ -35,7 +35,7 @@ _STATE = """CASE
     WHEN g.evicted_s IS NOT NULL THEN 'evicted'
     WHEN (SELECT reason FROM log.set_aside a WHERE a.group_id = g.id) IN ('damaged', 'ahead')
         THEN (SELECT reason FROM log.set_aside a WHERE a.group_id = g.id)
-    WHEN g.num_with_reward < 2 THEN 'unscored'
+    WHEN g.num_with_reward < :min_verdicts THEN 'unscored'
     WHEN EXISTS (SELECT 1 FROM log.choice h WHERE h.group_id = g.id) THEN 'chosen'
     WHEN EXISTS (SELECT 1 FROM log.consumption c WHERE c.group_id = g.id) THEN 'consumed'
     WHEN NOT g.has_signal AND :skip_no_signal = 'all' THEN 'skipped'
@@ -126,9 +126,9 @@ class StateCounts:
     bytes: int
     """Payload bytes: held ones, or for ``evicted`` those that were freed."""
     no_signal: int
-    """Groups of two or more verdicts that are all equal."""
+    """Groups of enough verdicts, which are all equal."""
     unscored: int
-    """Groups of fewer than two verdicts."""
+    """Groups of too few verdicts to be trained on."""
     oldest_version: int
     newest_version: int
     outcomes: tuple[int, ...]
@@ -138,10 +138,18 @@ class StateCounts:
 class ShardView:
     """Read-only; to be used by one thread. ``ReplayError`` with the file and SQLite's words if it cannot be read."""
 
-    def __init__(self, path: Path, log: Path, *, shard: int, shards: int, skip_no_signal: str) -> None:
-        """``skip_no_signal``: which groups with equal rewards are ``skipped``, see ``ReplayConfig.no_signal_rule``."""
+    def __init__(
+        self, path: Path, log: Path, *, shard: int, shards: int, skip_no_signal: str, min_verdicts: int
+    ) -> None:
+        """``skip_no_signal``: which groups with equal rewards are ``skipped``, see ``ReplayConfig.no_signal_rule``;
+        those of fewer than ``min_verdicts`` are ``unscored``."""
         self.path = path
-        self._about = {"shard": shard, "shards": shards, "skip_no_signal": skip_no_signal}
+        self._about = {
+            "shard": shard,
+            "shards": shards,
+            "skip_no_signal": skip_no_signal,
+            "min_verdicts": min_verdicts,
+        }
         self._opened = ExitStack()
         self._db = self._opened.enter_context(reading(path))
         try:
@@ -160,7 +168,8 @@ class ShardView:
         outcomes = ", ".join(f"SUM(g.{name})" for name in _OUTCOMES)
         found = self._rows(
             f"SELECT {_STATE} AS state, COUNT(*), SUM(g.num_trajectories), SUM(g.num_sampled_tokens), "
-            "SUM(g.num_bytes), SUM(g.num_with_reward >= 2 AND NOT g.has_signal), SUM(g.num_with_reward < 2), "
+            "SUM(g.num_bytes), SUM(g.num_with_reward >= :min_verdicts AND NOT g.has_signal), "
+            "SUM(g.num_with_reward < :min_verdicts), "
             f"MIN(g.oldest_version), MAX(g.newest_version), {outcomes} FROM groups g GROUP BY state"
         )
         return [
@@ -282,7 +291,7 @@ class ShardView:
         return [_info(row) for row in self._rows(f"{_INFO} {rest}", values)]
 
     def _rows(self, sql: str, values: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
-        """``values`` beside those of the shard: ``:shard``, ``:shards`` and ``:skip_no_signal``."""
+        """``values`` beside those of the shard: ``:shard``, ``:shards``, ``:skip_no_signal``, ``:min_verdicts``."""
         with clear_errors(self.path):
             self._db.execute("BEGIN")
             try:

@@ -131,6 +131,12 @@ class RunConfig:
             checkpoint_every=self.learner.checkpoint_every,
             keep_checkpoints=self.learner.keep_checkpoints,
         )
+        if self.replay.min_verdicts > self.rollout.group_size:
+            raise ValueError(
+                f"replay.min_verdicts={self.replay.min_verdicts} exceeds rollout.group_size={self.rollout.group_size}: "
+                "no group could ever be trained on, and the learner would wait forever; lower min_verdicts to "
+                f"{self.rollout.group_size} or less, or raise group_size"
+            )
         if self.num_fresh < self.learner.minibatches:
             raise ValueError(
                 f"learner.minibatches={self.learner.minibatches} exceeds the {self.num_fresh} fresh groups that "

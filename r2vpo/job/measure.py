@@ -142,7 +142,7 @@ class Alarms:
             return []
         self._said_unscored = True
         return [
-            f"{unscored} of {groups} groups have fewer than two verdicts, so that nothing can be learnt from them "
+            f"{unscored} of {groups} groups have fewer verdicts than replay.min_verdicts, so that none is trained on "
             f"(trajectories: {outcomes_text(store)}); logs/rollout-*.log says why"
         ]
 

@@ -194,7 +194,7 @@ def _binding(step: int, started_s: float, config: RunConfig) -> StepSettings:
         started_s=started_s,
         max_lag=replay.max_lag,
         max_replay_lag=replay.max_replay_lag,
-        min_verdicts=2,
+        min_verdicts=replay.min_verdicts,
         groups_per_step=config.learner.groups_per_step,
         num_fresh=None if replay.sample == "window" else config.num_fresh,
         max_outstanding=config.num_fresh * (replay.max_lag + 1),

@@ -98,9 +98,11 @@ def run(arguments: argparse.Namespace) -> int:
         "verify": partial(_verify, settings=settings),
         "export": _export,
     }
-    rule = settings.no_signal_rule if settings else "none"
+    known = settings or ReplayConfig(skip_no_signal="none")
     try:
-        with StoreReader(RunDir(path).replay, skip_no_signal=rule) as reader:
+        with StoreReader(
+            RunDir(path).replay, skip_no_signal=known.no_signal_rule, min_verdicts=known.min_verdicts
+        ) as reader:
             for sentence in reader.gaps if arguments.replay_command != "verify" else ():
                 _note(sentence)
             code = command[arguments.replay_command](reader, path, arguments)
@@ -214,7 +216,10 @@ def _settings(path: Path) -> ReplayConfig | None:
         reason = f"{config} is not there"
     except ConfigError as error:
         reason = str(error)
-    _note(f"{reason}: lags are not checked, and groups that replay.skip_no_signal leaves out are said to wait")
+    _note(
+        f"{reason}: lags are not checked, and groups that replay.skip_no_signal or replay.min_verdicts leave out "
+        "are said to wait"
+    )
     return None
 
 

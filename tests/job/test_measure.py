@@ -122,7 +122,7 @@ def test_a_majority_of_groups_without_verdicts_is_told_once_with_what_became_of_
     assert alarms.look_at(store(UNSCORED_GROUPS - 1, UNSCORED_GROUPS - 1)) == []
     assert alarms.look_at(store(40, 20)) == []
     [sentence] = alarms.look_at(store(40, 21))
-    assert sentence.startswith("21 of 40 groups have fewer than two verdicts")
+    assert sentence.startswith("21 of 40 groups have fewer verdicts than replay.min_verdicts")
     assert "(trajectories: 152 scored, 168 error)" in sentence
     assert alarms.look_at(store(80, 80)) == []
     assert outcomes_text({"outcomes": {"scored": 0}}) == "none"

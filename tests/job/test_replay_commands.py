@@ -208,7 +208,7 @@ def test_without_the_settings_of_the_run_it_is_said_what_they_would_tell(run, sa
     (run / "config.yaml").write_text("replay: [")
     result = said("verify", "toy")
     assert (result.code, ": lags are not checked" in result.err) == (0, True)
-    assert "groups that replay.skip_no_signal leaves out are said to wait" in said("ls", "toy").err
+    assert "groups that replay.skip_no_signal or replay.min_verdicts leave out" in said("ls", "toy").err
 
 
 def test_verify_names_a_damaged_group(run, said):

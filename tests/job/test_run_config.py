@@ -100,6 +100,14 @@ def test_values_arrive_as_written(load, yaml_text, override, key, value):
         ("", ("tracking.wandb=of",), ["tracking.wandb=of is not one of auto, online, offline, off; did you mean off?"]),
         ("", ("rollout.top_p=0.9",), ["rollout.top_p=0.9", "use rollout.temperature"]),
         ("", ("rollout.group_size=1",), ["rollout.group_size=1", "set rollout.group_size to 2 or more"]),
+        (
+            "",
+            ("replay.min_verdicts=5", "rollout.group_size=4"),
+            [
+                "replay.min_verdicts=5 exceeds rollout.group_size=4",
+                "lower min_verdicts to 4 or less, or raise group_size",
+            ],
+        ),
         ("", ("algorithm.name=m2po",), ["algorithm.name=m2po masks", "a whole minibatch", "choose another objective"]),
         ("", ("learner.minibatches=33",), ["learner.minibatches=33", "learner.groups_per_step=32"]),
         (

@@ -114,6 +114,14 @@ def test_a_late_group_that_was_trained_as_stale_is_consumed(tmp_path):
             assert states(reader) == {1: "consumed"}
 
 
+def test_which_groups_are_unscored_follows_from_min_verdicts(tmp_path):
+    with StoredRun(tmp_path) as run:
+        run.append(*(make_group(n, rewards=(1.0,) * n + (None,)) for n in range(1, 5)))
+    with StoreReader(tmp_path, min_verdicts=3) as reader:
+        assert states(reader) == {1: "unscored", 2: "unscored", 3: "waiting", 4: "waiting"}
+        assert (reader.stats().unusable["unscored"], reader.stats().no_signal) == (2, 2)
+
+
 @pytest.mark.parametrize(
     ("which", "ids"),
     [

@@ -49,6 +49,7 @@ def test_settings_that_go_together_are_accepted(settings):
         ({"priority_exponent": -1.0}, ["replay.priority_exponent=-1.0 must lie between"]),
         ({"priority_exponent": float("nan")}, ["replay.priority_exponent=nan must lie between"]),
         ({"shards": 0}, ["replay.shards=0 must be at least 1"]),
+        ({"min_verdicts": 1}, ["replay.min_verdicts=1 is less than 2", "set it to 2 or more"]),
         ({"max_uses": 0}, ["replay.max_uses=0 must be at least 1"]),
         ({"capacity_groups": 0}, ["replay.capacity_groups=0 must be at least 1"]),
         ({"capacity_gb": 0.0}, ["replay.capacity_gb=0.0 must be greater than 0"]),

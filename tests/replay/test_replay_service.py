@@ -229,6 +229,53 @@ async def test_an_unscored_group_makes_room_for_another_prompt(start):
     assert (stats["fresh_waiting"], stats["in_flight"]) == (0, 2)
 
 
+async def test_a_group_of_fewer_verdicts_than_min_verdicts_is_unscored_and_makes_room(start):
+    service = await start(max_lag=0, min_verdicts=3)
+    leases = (await lease(service, count=2)).leases
+    await service.append(make_group(leases[0].key, rewards=(0.0, 1.0, None, None)))
+    await service.append(make_group(leases[1].key, rewards=(0.0, 1.0, 1.0, None)))
+    stats = await service.stats()
+    assert (stats["unusable"]["unscored"], stats["fresh_waiting"]) == (1, 1)
+    assert len((await lease(service, count=2)).leases) == 1
+    # Of equal verdicts, only the group that has enough counts as one without signal.
+    await service.append(make_group("0.40", rewards=(1.0, 1.0, None, None)))
+    await service.append(make_group("0.41", rewards=(1.0, 1.0, 1.0, None)))
+    assert (await service.stats())["no_signal"] == 1
+
+
+async def test_a_resume_counts_verdicts_by_its_own_min_verdicts(start):
+    service = await start(groups_per_step=2, stale_fraction=0.5, max_replay_lag=4, min_verdicts=2)
+    keys = [x.key for x in (await lease(service, count=2)).leases]
+    rewards = {keys[0]: (0.0, 1.0, None), keys[1]: (0.0, 1.0, 1.0)}
+    for key in keys:
+        await service.append(make_group(key, rewards=rewards[key]))
+    assert [g.group.key for g in (await train(service, 0)).groups] == [keys[0]]
+    await service.close()
+    # The group of two verdicts was trained on and stays so, but is not drawn again; the other is fresh as before.
+    service = await start(
+        groups_per_step=2, stale_fraction=0.5, max_replay_lag=4, min_verdicts=3, resume_step=1, max_lag=2
+    )
+    assert (await service.stats())["stale_eligible"] == 0
+    assert [g.group.key for g in (await train(service, 1)).groups] == [keys[1]]
+    two = await start_answer(service, rewards=(0.0, 1.0, None), version=2)
+    assert (await service.stats())["unusable"]["unscored"] == 2
+    await service.close()
+    # What was left out is fresh once the setting lets it.
+    service = await start(
+        groups_per_step=2, stale_fraction=0.5, max_replay_lag=4, min_verdicts=2, resume_step=2, max_lag=2
+    )
+    stats = await service.stats()
+    assert (stats["unusable"]["unscored"], stats["fresh_waiting"], stats["stale_eligible"]) == (0, 1, 2)
+    assert two in {g.group.key for g in (await train(service, 2)).groups}
+
+
+async def start_answer(service, *, rewards, version):
+    """The key of a prompt that was leased and answered with these rewards."""
+    [granted] = (await lease(service, version=version)).leases
+    await service.append(make_group(granted.key, version=version, rewards=rewards))
+    return granted.key
+
+
 async def test_a_late_group_that_no_longer_fits_is_kept_and_never_trained(start):
     service = await start(groups_per_step=1, max_lag=0, lease_s=0.01)
     late = (await lease(service)).leases[0]

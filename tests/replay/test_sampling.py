@@ -31,8 +31,15 @@ def candidate_rows():
     ],
 )
 def test_groups_without_signal_are_skipped_as_the_setting_says(skip, fresh, stale):
-    assert fresh_candidates(candidate_rows(), skip).tolist() == fresh
-    assert stale_candidates(candidate_rows(), skip).tolist() == stale
+    assert fresh_candidates(candidate_rows(), skip, 2).tolist() == fresh
+    assert stale_candidates(candidate_rows(), skip, 2).tolist() == stale
+
+
+def test_groups_of_fewer_verdicts_than_asked_for_are_never_drawn():
+    rows = candidate_rows()
+    rows["num_with_reward"] = [3, 2, 4]
+    assert fresh_candidates(rows, "none", 3).tolist() == [True, False, True]
+    assert stale_candidates(rows, "none", 3).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize(

@@ -206,8 +206,8 @@ def test_counts_are_the_same_in_memory_in_a_reader_and_after_reopening(store, pa
         "held_groups": 2,
         "held_bytes": int(store.rows()["num_bytes"].sum()),
         "evicted": 1,
-        "no_signal": 1,
-        "unscored": 1,
+        "verdicts": {2: 2, 1: 1},
+        "equal_verdicts": {2: 1, 1: 1},
     }
     reader = ShardStore(path, read_only=True)
     for each in (store, reader):

@@ -91,7 +91,7 @@ class Dispatcher:
         ``fresh`` says of each row whether it could train as a fresh group at all.
         """
         outstanding = self._waiting_versions()
-        in_flight = {key: held.lease.version for key, held in self.ledger.live.items() if key not in self._overdue}
+        in_flight = self._jobs_in_flight()
         reasons: dict[int, str] = {}
         for row, is_fresh in zip(rows, fresh, strict=True):
             in_flight.pop(_key(row), None)
@@ -153,12 +153,16 @@ class Dispatcher:
         return [version for i, version in self.waiting.items() if self._is_there(i)]
 
     def _in_flight(self) -> list[int]:
+        return list(self._jobs_in_flight().values())
+
+    def _jobs_in_flight(self) -> dict[str, int]:
+        """Key → version of the leases that count."""
         self._overdue &= self.ledger.live.keys()
-        return [
-            held.lease.version
+        return {
+            key: held.lease.version
             for key, held in self.ledger.live.items()
             if key not in self._overdue and self._is_there(key)
-        ]
+        }
 
     def _is_there(self, name: int | str) -> bool:
         return not self._away or self._shard_of(name) not in self._away

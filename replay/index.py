@@ -168,7 +168,9 @@ class Index:
         return np.array([self._rows[i] for i in group_ids], dtype=ROW)
 
     def _add_to_pool(self, rows: Rows, uses: np.ndarray) -> None:
+        """Let groups be drawn, as far as they may be; those of a shard that is away come when it is back."""
         eligible = stale_candidates(rows, self._config.no_signal_rule, self._config.min_verdicts)
+        eligible &= ~np.isin((rows["id"] - 1) % self._config.shards, list(self.dispatcher.away))
         self.pool.add(rows[eligible], uses[eligible])
 
     def _fresh_candidates(self, rows: Rows) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from r2vpo.records import prompt_key
 from replay.config import ReplayConfig
 from replay.index import Index
 from replay.ledger import PromptLedger
@@ -27,6 +28,9 @@ class Intake:
     ) -> Index:
         """The index over all shards, as the run begins. ``ValueError`` if it ``must_be_empty`` and is not."""
         links = [state.link for state in self._shards if state.link is not None]
+        # Before the prompts that are answered: a group that is appended meanwhile is then missing here, and is told of
+        # afterwards, and not known here and still to do there.
+        loaded = await asyncio.gather(*(self._read_rows(link, next_step) for link in links))
         counts = sum_by_key(await asyncio.gather(*(link.epochs() for link in links)))
         if must_be_empty and counts:
             raise not_empty(str(self._log.log.path.parent), f"{sum(counts.values())} groups")
@@ -41,7 +45,6 @@ class Intake:
             next_step=next_step,
             ledger=PromptLedger(num_prompts=num_prompts, seed=seed, done=done, shards=len(links)),
         )
-        loaded = await asyncio.gather(*(self._read_rows(link, next_step) for link in links))
         for state, rows in zip(self._shards, loaded, strict=True):
             state.known_id = int(rows["id"].max(initial=0))
         rows = np.concatenate(loaded)
@@ -54,11 +57,19 @@ class Intake:
 
     async def bring_back(self, index: Index, state: ShardState, link: Shard) -> None:
         """A shard is back: first what was known of it, then what it has that nobody was told of."""
+        ledger = index.dispatcher.ledger
         rows = await self._read_rows(link, index.dispatcher.next_step)
+        epochs = {epoch for epoch, _ in ledger.open()}
+        answered = {epoch: set((await link.answered(epoch)).tolist()) for epoch in sorted(epochs)}
+        index.leave(state.number)  # nothing of it counts twice, if it has died unnoticed
         known = rows[rows["id"] <= state.known_id]
         aside = await self._log.do(lambda log: log.aside())
         await self.set_aside(index.return_(state.number, known, await self._uses(known), aside))
         await self.take_in(index, state, rows)
+        # What is too old to be trained on is not among the rows, but need not be generated again either.
+        for epoch, prompt_index in ledger.open():
+            if prompt_index in answered.get(epoch, ()):
+                ledger.answered(prompt_key(epoch, prompt_index))
 
     async def take_in(self, index: Index, state: ShardState, rows: Rows) -> None:
         """Groups that a shard has made durable; those that are known already change nothing."""

@@ -127,6 +127,11 @@ class PromptLedger:
         if epoch >= self._epoch:
             self._bitmap(epoch)[index] = True
 
+    def open(self) -> set[tuple[int, int]]:
+        """Epoch and index of every prompt that was handed out, or would have been, and is not answered."""
+        live = {(held.lease.epoch, held.lease.index) for held in self._live.values()}
+        return live.union(self._returned, *self._kept_back.values())
+
     def keep_back(self, shard: int) -> None:
         """Hand out no prompt of ``shard`` for now: its answers could not be stored."""
         self._kept_back.setdefault(shard, deque())

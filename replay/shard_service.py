@@ -142,7 +142,10 @@ class ShardService:
                     if not done.done():
                         done.set_exception(failure)
                 if isinstance(error, asyncio.CancelledError):
-                    break
+                    for _, done in self._pending:
+                        if not done.done():
+                            done.set_exception(ReplayError("the shard is closed"))
+                    self._pending = []
                 continue
             for (_, done), is_new in zip(batch, new, strict=True):
                 if not done.done():  # else its caller has gone
@@ -172,7 +175,8 @@ class ShardService:
     async def _speak(self, sentence: str) -> None:
         if sentence or self._trouble:
             self._trouble = sentence
-            await self._listener.stalled(self._shard, sentence, self._writing)
+            queued = [group.key for group, _ in self._pending]
+            await self._listener.stalled(self._shard, sentence, [*self._writing, *queued])
 
     async def _in_store(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -427,7 +427,7 @@ async def test_close_ends_every_wait_and_lets_another_open_the_store(start):
 
 async def test_a_full_disk_holds_the_append_says_so_and_goes_on_when_there_is_room(start, monkeypatch):
     monkeypatch.setattr("replay.shard_service.RETRY_S", 0.001)
-    service = await start(lease_s=0.05)
+    service = await start(lease_s=0.5)
     (held,) = (await lease(service)).leases
     with monkeypatch.context() as full:
         full.setattr(ShardStore, "append_many", no_room)
@@ -435,7 +435,7 @@ async def test_a_full_disk_holds_the_append_says_so_and_goes_on_when_there_is_ro
         while not (troubles := (await service.stats())["troubles"]):
             await asyncio.sleep(0)
         assert troubles == ["shard-000.sqlite3: no room; make room, it then goes on by itself"]
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.7)
         stats = await service.stats()
         assert (stats["in_flight"], stats["shards"][0]["pending"]) == (1, 1)  # its lease does not expire
     assert await appended

@@ -77,8 +77,11 @@ class LearnerConfig:
         require.at_least("learner.checkpoint_every", self.checkpoint_every, 0)
         require.at_least("learner.weight_decay", self.weight_decay, 0.0)
         require.at_least("learner.omp_threads", self.omp_threads, 1)
-        require.between("learner.adam_beta1", self.adam_beta1, 0.0, 1.0)
-        require.between("learner.adam_beta2", self.adam_beta2, 0.0, 1.0)
+        require.share("learner.adam_beta1", self.adam_beta1)
+        require.share("learner.adam_beta2", self.adam_beta2)
+        require.at_least("learner.num_cpus", self.num_cpus, 0.0)
+        if self.num_gpus is not None:
+            require.at_least("learner.num_gpus", self.num_gpus, 0.0)
         require.between("learner.zero_stage", self.zero_stage, 0, 3)
         require.one_of("learner.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         require.one_of("learner.attention", self.attention, ("auto", "sdpa", "flash_attention_2"))

@@ -34,3 +34,9 @@ class require:  # noqa: N801 - reads as a verb: require.positive("learner.lr", l
         """``low`` <= ``value`` <= ``high``."""
         if not low <= value <= high:
             raise ValueError(f"{key}={value} must lie between {low} and {high}")
+
+    @staticmethod
+    def share(key: str, value: float) -> None:
+        """0 <= ``value`` < 1."""
+        if not 0 <= value < 1:
+            raise ValueError(f"{key}={value} must be at least 0 and below 1")

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         return commands[arguments.command](arguments)
     except ConfigError as error:
-        print(f"r2vpo: error: {error}", file=sys.stderr)
+        print("r2vpo: error:", " ".join(str(error).split()), file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -236,7 +236,7 @@ def _train(arguments: argparse.Namespace) -> int:
         config = replace(config, name=run.name)
         if arguments.next_free:
             print(f"run {run.name} (the next free name)", flush=True)
-        for sentence in (*warnings, *config.notes):
+        for sentence in (*warnings, *config.notes, *facts.notes):
             print(f"r2vpo: note: {sentence}", file=sys.stderr)
         run.write_config(to_yaml(config))
         record_start(run, config, resume=arguments.resume, num_prompts=facts.num_prompts)

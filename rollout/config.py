@@ -47,6 +47,13 @@ class TaskConfig:
         require.at_least("task.reward_memory_mb", self.reward_memory_mb, 64)
         require.at_least("task.reward_processes", self.reward_processes, 1)
         require.at_least("task.eval_prompts", self.eval_prompts, 1)
+        for key, value in (
+            ("prompt_field", self.prompt_field),
+            ("truth_field", self.truth_field),
+            ("split", self.split),
+        ):
+            if not value.strip():
+                raise ValueError(f"task.{key} is empty; name a {'split' if key == 'split' else 'field'} of the dataset")
         if self.name == "dataset" and not self.path:
             raise ValueError(
                 "task.name=dataset needs task.path: a .jsonl or .parquet file, or a Hugging Face dataset id"
@@ -107,6 +114,12 @@ class RolloutConfig:
         require.at_least("rollout.tensor_parallel_size", self.tensor_parallel_size, 1)
         require.at_least("rollout.omp_threads", self.omp_threads, 1)
         require.positive("rollout.start_timeout_s", self.start_timeout_s)
+        require.between("rollout.gpu_memory_utilization", self.gpu_memory_utilization, 0.01, 1.0)
+        require.at_least("rollout.num_cpus", self.num_cpus, 0.0)
+        if self.num_gpus is not None:
+            require.at_least("rollout.num_gpus", self.num_gpus, 0.0)
+        if self.kv_cache_gb is not None:
+            require.positive("rollout.kv_cache_gb", self.kv_cache_gb)
         if self.group_size < 2:
             raise ValueError(
                 f"rollout.group_size={self.group_size} gives no group-relative advantage: one has nothing to "

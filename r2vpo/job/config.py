@@ -29,7 +29,7 @@ class ModelConfig:
     path: str
     """Directory with config.json, *.safetensors and the tokenizer, or the id of a model on the Hugging Face hub."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
+    """Let engine and tokenizer run Python code that comes with the model; the learner never does."""
 
     def __post_init__(self) -> None:
         if not self.path.strip():
@@ -63,6 +63,8 @@ class RayConfig:
     """Object store (MiB) of the private local Ray; null is 512."""
 
     def __post_init__(self) -> None:
+        if self.address is not None and not self.address.strip():
+            raise ValueError("ray.address is empty; name a cluster, or set it to null for a private Ray")
         for key, value in (("num_cpus", self.num_cpus), ("object_store_mb", self.object_store_mb)):
             if value is None:
                 continue
@@ -123,6 +125,8 @@ class RunConfig:
                 f"name={self.name} cannot name a folder; use letters, digits, `.`, `_` and `-`, at most 128, "
                 "beginning with a letter or a digit"
             )
+        if not self.run_dir.strip():
+            raise ValueError("run_dir is empty; name a folder for the runs, such as runs")
         require.between("seed", self.seed, 0, 2**31 - 1)
         self.replay.check_against(
             groups_per_step=self.learner.groups_per_step,
@@ -219,12 +223,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     task = config.task
     return replace(
         config,
-        run_dir=str(Path(config.run_dir).expanduser().absolute()),
-        model=replace(config.model, path=_located(config.model.path, homes)),
+        run_dir=str(Path(_located("run_dir", config.run_dir, homes[:1])).expanduser().absolute()),
+        model=replace(config.model, path=_located("model.path", config.model.path, homes)),
         task=replace(
             task,
-            path=task.path and _located(task.path, homes),
-            eval_path=task.eval_path and _located(task.eval_path, homes),
+            path=task.path and _located("task.path", task.path, homes),
+            eval_path=task.eval_path and _located("task.eval_path", task.eval_path, homes),
         ),
     )
 
@@ -257,8 +261,12 @@ def check_resumable(old: RunConfig, new: RunConfig) -> None:
             )
 
 
-def _located(text: str, homes: Sequence[Path]) -> str:
+def _located(key: str, text: str, homes: Sequence[Path]) -> str:
     """The absolute path of what exists under one of ``homes``; otherwise the text unchanged (a hub id, or missing)."""
-    given = Path(text).expanduser()
-    found = next((home / given for home in homes if (home / given).exists()), None)
+    try:
+        given = Path(text).expanduser()
+        found = next((home / given for home in homes if (home / given).exists()), None)
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home directory that nobody has
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{key}={text[:80]}{'…' * (len(text) > 80)} cannot be a path: {reason}") from None
     return str(found.resolve()) if found else text

@@ -94,6 +94,7 @@ def make_plan(
     if shape is None:
         shape = plan_cluster.local() if config.ray.address is None else plan_cluster.joined(config.ray)
     model, notes = find_model(config.model.path, elsewhere=elsewhere)
+    notes += () if facts is None else facts.notes
     if not dataset_is_here:
         notes.append(f"task.path={config.task.path} is not here: the run reads it when it starts")
     if shape.on_gpu and shape.gpu_memory_bytes is None:

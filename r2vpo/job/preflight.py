@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from r2vpo.job.config import RunConfig
+from r2vpo.job.model_files import architecture_of, check_architecture, check_vocabulary, read_object, text_settings
+from r2vpo.job.prompt_lengths import check_lengths
 from r2vpo.job.settings import ConfigError
+from rollout.tasks.base import Task
 
 GIB = 2**30
 SPACE_BYTES = GIB
@@ -50,17 +53,21 @@ class Preflight:
     """Held-out prompts."""
     free_bytes: int
     """Free space where the run will write."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what works, but not as one might expect."""
 
 
 def preflight(config: RunConfig) -> Preflight:
     """Check what can be checked cheaply. Raises ``ConfigError`` naming the setting and the fix."""
     model = _check_model(config)
-    num_prompts, num_eval_prompts = _check_task(config)
+    task = _check_task(config)
+    window, directory = config.rollout.max_model_len, model.directory
     return Preflight(
         model=model,
-        num_prompts=num_prompts,
-        num_eval_prompts=num_eval_prompts,
+        num_prompts=task.num_prompts,
+        num_eval_prompts=task.num_eval_prompts,
         free_bytes=_check_space(config, model),
+        notes=() if directory is None else check_lengths(task, directory, window=window),
     )
 
 
@@ -94,11 +101,9 @@ def read_model(directory: Path) -> ModelFacts:
     file = directory / "config.json"
     if not file.is_file():
         raise ConfigError(f"{where} has no config.json; name the directory of a Hugging Face model")
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{where}: config.json is not valid JSON ({error})") from None
-    weights = sorted(directory.glob("*.safetensors"))
+    settings = read_object(file)
+    check_architecture(directory, settings)
+    weights = sorted(file for file in directory.glob("*.safetensors") if file.is_file())
     if not weights:
         pickled = sorted(entry.name for pattern in ("*.bin", "*.pt", "*.pth") for entry in directory.glob(pattern))
         if pickled:
@@ -111,17 +116,21 @@ def read_model(directory: Path) -> ModelFacts:
         (directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     ):
         raise ConfigError(f"{where} has no tokenizer (tokenizer.json); save it there with tokenizer.save_pretrained")
+    check_vocabulary(directory, settings)
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ConfigError(f"{where}: {index.name} has no weight_map from tensors to files; fetch it again")
+        shards = set(weight_map.values())
         if absent := sorted(shards - {entry.name for entry in weights}):
             raise ConfigError(f"{where} lacks {absent[0]}, which model.safetensors.index.json names; fetch it again")
         weights = [directory / name for name in sorted(shards)]
     return ModelFacts(
         directory=directory,
-        architecture=(settings.get("architectures") or ["unknown"])[0],
+        architecture=architecture_of(settings),
         num_parameters=sum(_count_parameters(entry) for entry in weights),
-        max_positions=_max_positions(settings.get("text_config") or settings),
+        max_positions=_max_positions(text_settings(settings)),
     )
 
 
@@ -137,12 +146,14 @@ def _count_parameters(file: Path) -> int:
             raise problem
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
-        except ValueError:
-            raise problem from None
-    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-    if 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0) != file.stat().st_size:
+            tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+            num_bytes = max((entry["data_offsets"][1] for entry in tensors), default=0)
+            num_parameters = sum(math.prod(entry["shape"]) for entry in tensors)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise problem from None  # no header of the format, whatever it is
+    if 8 + length + num_bytes != file.stat().st_size:
         raise problem
-    return sum(math.prod(entry["shape"]) for entry in tensors)
+    return num_parameters
 
 
 def _max_positions(settings: dict[str, Any]) -> int | None:
@@ -150,9 +161,9 @@ def _max_positions(settings: dict[str, Any]) -> int | None:
     positions = settings.get("max_position_embeddings")
     if not isinstance(positions, int):
         return None
-    scaling = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
-    factor = scaling.get("factor") or 1.0
-    return int(positions * factor)
+    scaling = settings.get("rope_scaling") or settings.get("rope_parameters")
+    factor = scaling.get("factor") if isinstance(scaling, dict) else None
+    return int(positions * factor) if isinstance(factor, int | float) and factor > 0 else positions
 
 
 def _has_chat_template(directory: Path) -> bool:
@@ -193,7 +204,7 @@ def _find_on_hub(model_id: str) -> Path | None:
     return None
 
 
-def _check_task(config: RunConfig) -> tuple[int, int]:
+def _check_task(config: RunConfig) -> Task:
     from rollout.tasks.factory import make_task
 
     try:
@@ -204,7 +215,7 @@ def _check_task(config: RunConfig) -> tuple[int, int]:
         raise ConfigError(f"task.name={config.task.name} has no training prompt")
     if task.num_eval_prompts < 1:
         raise ConfigError(f"task.name={config.task.name} has no held-out prompt; give task.eval_path or more rows")
-    return task.num_prompts, task.num_eval_prompts
+    return task
 
 
 def _check_space(config: RunConfig, model: ModelFacts) -> int:

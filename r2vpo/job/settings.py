@@ -6,6 +6,7 @@
 
 YAML is read with 1.2 scalars: `off` is a word and `1e-6` a number (YAML 1.1 makes them False and text), a key given
 twice is an error, and there are no Python tags. A setting whose type is text takes what was written, as it was written.
+Aliases may not make more of a file than it holds, and what looks like a secret is no setting (see `secrets.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
+MAX_NODES = 10_000
+"""Most values in a file once its aliases are written out; nine aliases of nine each, ten deep, are three billion."""
+MAX_DEPTH = 50
+"""Deepest nesting of a file."""
 
 
 class ConfigError(ValueError):
@@ -84,6 +89,8 @@ def load(schema: type[T], path: Path, overrides: Sequence[str]) -> T:
     for key, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value} must be a finite number")
+        if isinstance(value, str) and "\0" in value:
+            raise ConfigError(f"{key}={value!r} holds a NUL character; remove it")
     return config
 
 
@@ -172,6 +179,8 @@ class _Reader:
             if _wants_text(annotation):  # such as a prompt template that begins with a brace
                 return value
             raise ConfigError(f"{COMMAND_LINE}: {key}={value} is not a YAML value") from None
+        if node is None and is_dataclass(annotation):
+            raise ConfigError(f"{COMMAND_LINE}: {key}= is a section; write {key}.NAME=value")
         if node is None or (_wants_text(annotation) and not isinstance(node, yaml.ScalarNode)):
             self.written[key] = (COMMAND_LINE, value)
             return value if _wants_text(annotation) else None
@@ -189,8 +198,10 @@ class _Reader:
         hints = get_type_hints(schema)
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            name = str(key_node.value)
             place = _place(source, key_node)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{place}: a setting's name must be a word, not a list or a mapping")
+            name = key_node.value
             if name not in hints:
                 raise ConfigError(f"{place}: {self._unknown(prefix + name)}")
             if name in values:
@@ -202,11 +213,17 @@ class _Reader:
         """What a node says about one setting or section."""
         if is_dataclass(annotation):
             return self._section(loader, node, annotation, f"{key}.", source)
-        self.written[key] = (place, str(node.value) if isinstance(node, yaml.ScalarNode) else "")
+        text = str(node.value) if isinstance(node, yaml.ScalarNode) else ""
+        self.written[key] = (place, text)
+        if isinstance(node, yaml.MappingNode) and (twice := _given_twice(node)) is not None:
+            raise ConfigError(f"{_place(source, twice)}: {key}.{twice.value} is given twice")
         try:
             value = loader.construct_object(node, deep=True)
         except yaml.YAMLError as error:
             raise ConfigError(_syntax(error, source)) from None
+        except (ValueError, LookupError, AttributeError):  # whatever PyYAML trips over, such as `!!int x`
+            kind = str(node.tag).rpartition(":")[2]
+            raise ConfigError(f"{place}: {f'{key}={_shortened(text)}' if text else key} is no value of kind {kind}") from None
         if _wants_text(annotation) and isinstance(node, yaml.ScalarNode) and value is not None:
             return node.value
         return value
@@ -245,16 +262,52 @@ def _compose(text: str, source: str) -> tuple[_Loader, yaml.Node | None]:
     """The node tree of a YAML document with the loader that can construct its values."""
     try:
         loader = _Loader(text)
-        return loader, loader.get_single_node()
+        node = loader.get_single_node()
     except yaml.YAMLError as error:
         raise ConfigError(_syntax(error, source)) from None
+    except RecursionError:
+        raise ConfigError(f"{source}: nested more than {MAX_DEPTH} deep; no setting is") from None
+    if node is not None:
+        _check_size(node, source)
+    return loader, node
+
+
+def _check_size(root: yaml.Node, source: str) -> None:
+    """Refuse a tree that its aliases make endless or huge."""
+    waiting, count = [(root, 0)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        count += 1
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"{_place(source, node)}: nested more than {MAX_DEPTH} deep, or an alias of itself")
+        if count > MAX_NODES:
+            raise ConfigError(f"{source}: more than {MAX_NODES} values once its aliases (*name) are written out")
+        if isinstance(node, yaml.MappingNode):
+            waiting += [(part, depth + 1) for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += [(part, depth + 1) for part in node.value]
 
 
 def _syntax(error: yaml.YAMLError, source: str) -> str:
-    """A YAML error with its line."""
+    """A YAML error with its line, in one."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{source}:{error.problem_mark.line + 1}: not valid YAML: {error.problem}"
-    return f"{source}: not valid YAML: {error}"
+    return f"{source}: not valid YAML: {str(error).splitlines()[0]}"
+
+
+def _given_twice(node: yaml.MappingNode) -> yaml.ScalarNode | None:
+    """The first key that repeats an earlier one."""
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                return key
+            seen.add(key.value)
+    return None
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _place(source: str, node: yaml.Node) -> str:

@@ -9,6 +9,7 @@ See docs/own-model-and-data.md.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -69,7 +70,7 @@ def resolve_reward(reward: str) -> RewardFunction:
         sys.path.append(os.getcwd())  # a console script does not look there by itself
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # somebody else's module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # somebody else's module may raise anything while it is imported
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise ValueError(
                 f"task.reward={reward}: there is no module {error.name}; looked in the working directory "
@@ -86,4 +87,22 @@ def resolve_reward(reward: str) -> RewardFunction:
             f"task.reward={reward}: {name} is of type {type(function).__name__}, not a function (response, truth) -> "
             "float or None"
         )
+    _check_signature(reward, function)
     return function
+
+
+def _check_signature(reward: str, function: RewardFunction) -> None:
+    """``ValueError`` if ``function`` cannot be called with a response and a truth, or would answer with a coroutine."""
+    if inspect.iscoroutinefunction(function):
+        raise ValueError(f"task.reward={reward} is a coroutine (async def); make it a plain function")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some builtins have none to look at
+        return
+    try:
+        signature.bind("response", None)
+    except TypeError as error:
+        raise ValueError(
+            f"task.reward={reward} takes {signature}, but is called with a response and a truth ({error}); give it "
+            "two parameters"
+        ) from None

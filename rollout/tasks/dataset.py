@@ -38,6 +38,11 @@ class DatasetTask:
         assert config.path is not None, "the configuration refuses a dataset without a path"
         rows = _read(config.path, config, key="task.path")
         if config.eval_path is not None:
+            if Path(config.path).resolve() == Path(config.eval_path).resolve():
+                raise ValueError(
+                    f"task.eval_path={config.eval_path} is task.path: the policy would be measured on what it is "
+                    "trained on; set task.eval_path=null to hold out the last rows"
+                )
             self._train = rows
             self._eval = _read(config.eval_path, config, key="task.eval_path")[: config.eval_prompts]
             return
@@ -106,12 +111,22 @@ def _rows(places: Iterable[tuple[str, Mapping[str, Any]]], config: TaskConfig) -
                 "task.prompt_field to a field with the prompt as text"
             )
         try:
-            json.dumps(truth)
-        except TypeError as error:
+            json.dumps(truth, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{place}: field {config.truth_field!r} is no JSON value ({error}); store it as text or numbers"
             ) from None
-        yield shape.replace(PROMPT_MARK, prompt), truth
+        text = shape.replace(PROMPT_MARK, prompt)
+        if not text:
+            raise ValueError(f"{place}: field {config.prompt_field!r} is empty; a prompt needs a character at least")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{place}: field {config.prompt_field!r} holds half a character ({prompt[error.start]!r}, a lone "
+                "surrogate), which no tokenizer takes; remove it"
+            ) from None
+        yield text, truth
 
 
 def _shape(template: str) -> str:
@@ -131,6 +146,13 @@ def _shape(template: str) -> str:
 
 
 def _jsonl(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        yield from _json_lines(file)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _json_lines(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{file}, line {number}"
@@ -144,7 +166,7 @@ def _jsonl(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 continue
             try:
                 row = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{place} is not valid JSON ({error}); write one object per line") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{place} is of type {type(row).__name__}, not an object; write one object per line")
@@ -166,7 +188,8 @@ def _parquet(file: Path, config: TaskConfig) -> Iterator[tuple[str, Mapping[str,
                     # Every column's name, so that a message can offer those that exist.
                     yield f"{file}, row {number}", row if len(wanted) == 2 else dict.fromkeys(names) | row
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{file} is not a readable Parquet file ({error}); write it again") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is not a readable Parquet file ({reason}); write it again") from None
 
 
 def _hub(dataset_id: str, config: TaskConfig, *, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -7,8 +7,8 @@
     step-000050/        the same directory, renamed
 
 A directory counts only under its final name and with its marker, so that one left behind by a crash is never picked
-up. All ranks must see the same file system. The files of DeepSpeed are unpickled when they are loaded: point a run only
-at checkpoints that it wrote itself. `trainer.json` is plain JSON.
+up. All ranks must see the same file system. The files of DeepSpeed are pickles: `pickles.py` refuses any that DeepSpeed
+did not write before they are loaded. `trainer.json` is plain JSON.
 """
 
 from __future__ import annotations
@@ -86,9 +86,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if not (checkpoint / _MARKER).is_file():
         raise ValueError(f"{checkpoint} is not a complete checkpoint (no file {_MARKER}); name a directory step-NNNNNN")
     try:
-        return json.loads((checkpoint / _STATE).read_text())
+        state = json.loads((checkpoint / _STATE).read_text())
     except FileNotFoundError:
         raise _removed(checkpoint) from None
+    except ValueError as error:
+        raise _damaged(checkpoint, str(error)) from None
+    if not isinstance(state, dict) or not isinstance(state.get("version"), int):
+        raise _damaged(checkpoint, "no version in it")
+    return state
 
 
 @contextmanager
@@ -134,6 +139,12 @@ def _remove(checkpoint: Path) -> None:
     """The marker goes first, so that a removal cut short leaves nothing that looks complete."""
     (checkpoint / _MARKER).unlink()
     shutil.rmtree(checkpoint)
+
+
+def _damaged(checkpoint: Path, why: str) -> ValueError:
+    return ValueError(
+        f"{checkpoint / _STATE} is damaged ({why}); remove {checkpoint} to resume from the checkpoint before it"
+    )
 
 
 def _removed(checkpoint: Path) -> ValueError:

@@ -32,6 +32,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from learner.collate import PackedRow
 from learner.config import LearnerConfig
+from learner.pickles import check_pickles
 from r2vpo.records import TensorSpec
 
 ON_GPU = torch.cuda.is_available()
@@ -160,10 +161,11 @@ class LearnerEngine:
         self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
 
     def load(self, directory: Path) -> None:
-        """Restore what `save` wrote, exactly, into an engine that has not stepped yet.
+        """Restore what `save` wrote, exactly, into an engine that has not stepped yet. See `learner.pickles`.
 
-        DeepSpeed unpickles these files: load nothing that this program did not write itself.
+        ``ValueError`` if a file is damaged, or is not DeepSpeed's own.
         """
+        check_pickles(directory / _TAG)
         path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
         if path is None:
             raise ValueError(f"{directory} holds no state of the optimiser and the weights; resume from another one")
@@ -250,6 +252,7 @@ def _load_model(config: LearnerConfig, model_path: str, dtype: torch.dtype) -> P
         attn_implementation=attention,
         local_files_only=local,
         trust_remote_code=False,
+        use_safetensors=True,  # otherwise it would take pickled weights where there are no others
     )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

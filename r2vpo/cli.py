@@ -155,7 +155,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         takes_settings = "overrides" in arguments and "=" in unknown[0]
         hint = " (settings are written without dashes: key=value)" if takes_settings else ""
-        raise ConfigError(f"unknown option {unknown[0]}{hint}; see r2vpo {arguments.command} --help")
+        option = unknown[0].partition("=")[0]  # without its value, which may be a secret
+        raise ConfigError(f"unknown option {option}{hint}; see r2vpo {arguments.command} --help")
     if "overrides" in arguments:
         arguments.overrides += rest  # argparse leaves overrides that stand behind an option
     elif rest:

@@ -49,6 +49,7 @@ class RolloutEngine:
         arguments = AsyncEngineArgs(
             model=model_path,
             trust_remote_code=trust_remote_code,
+            load_format="safetensors",  # `auto` would take pickled weights where there are no others
             dtype=config.dtype if on_gpu or config.dtype != "auto" else "float32",  # type: ignore[arg-type]
             max_model_len=config.max_model_len,
             max_num_seqs=config.group_size * config.groups_in_flight,

@@ -117,7 +117,7 @@ class _GuardedProcess:
                 stdout=2,
                 pass_fds=[its.fileno()],
                 start_new_session=True,  # Ctrl-C passes it by
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                env=_environment(),
             )
         self._channel = await asyncio.open_connection(sock=mine)
         match await self._message(START_TIMEOUT_S + LATE_S):
@@ -176,3 +176,9 @@ class _GuardedProcess:
                 line = await self._channel[0].readline()
             return json.loads(line) if line.endswith(b"\n") else None
         return None
+
+
+def _environment() -> dict[str, str]:
+    """Variables of the reward's processes: they find the same modules, and cannot give work to the Ray cluster."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_TOKEN")}
+    return own | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

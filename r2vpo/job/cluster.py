@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from r2vpo.job.config import ConfigError, RunConfig
+from r2vpo.job.ray_address import check_cluster
 
 MIB = 1 << 20
 OBJECT_STORE_MB = 512
@@ -57,27 +59,32 @@ def open_cluster(config: RunConfig, logs: Path) -> Cluster:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     need_cpus = config.rollout.workers * config.rollout.num_cpus + config.learner.ranks * config.learner.num_cpus
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "r2vpo"}
-    home = make_home(logs) if config.ray.address is None else None
-    if home is not None:
-        # CPUs of a private Ray are a book-keeping entry: a small machine time-shares its cores among the actors.
-        cpus = config.ray.num_cpus or max(os.cpu_count() or 1, need_cpus)
-        ray.init(
-            address="local",
-            num_cpus=int(cpus + 0.999),
-            object_store_memory=(config.ray.object_store_mb or OBJECT_STORE_MB) * MIB,
-            include_dashboard=False,
-            _temp_dir=str(home),
-            **common,
-        )
-    else:
-        try:
-            ray.init(address=config.ray.address, **common)
-        except (ConnectionError, ValueError) as error:
-            raise ConfigError(
-                f"ray.address={config.ray.address}: no Ray cluster answers there ({error}); check `ray status`, or set "
-                "ray.address=null for a private one"
-            ) from error
+    if config.ray.address is not None:
+        _join(config.ray.address, common)
+        return _check_supply(config, need_cpus, None)
+    home = make_home(logs)
+    # CPUs of a private Ray are a book-keeping entry: a small machine time-shares its cores among the actors.
+    cpus = config.ray.num_cpus or max(os.cpu_count() or 1, need_cpus)
+    ray.init(
+        address="local",
+        num_cpus=int(cpus + 0.999),
+        object_store_memory=(config.ray.object_store_mb or OBJECT_STORE_MB) * MIB,
+        include_dashboard=False,
+        _temp_dir=str(home),
+        **common,
+    )
     return _check_supply(config, need_cpus, home)
+
+
+def _join(address: str, options: dict[str, Any]) -> None:
+    check_cluster(address)
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, ValueError, AuthenticationError) as error:
+        raise ConfigError(
+            f"ray.address={address}: no Ray cluster answers there ({error}); check `ray status`, or set "
+            "ray.address=null for a private one"
+        ) from error
 
 
 def close_cluster(logs: Path, *, keep_logs: bool) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from learner.config import LearnerConfig
 from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.checks import require
+from r2vpo.job.ray_address import token_environment
 from r2vpo.job.settings import ConfigError, dump, leaves, load
 from replay.config import ReplayConfig
 from rollout.config import RolloutConfig, TaskConfig
@@ -84,7 +85,7 @@ class RayConfig:
             # Ray pushes notices about dead processes to the screen, whatever it is told about logs; the run's own
             # sentence says it, and logs/error.log has the rest.
             "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
-        }
+        } | token_environment(self.address)
         if self.address is not None:
             return common
         # Ray's switch for machines that cannot form clusters: every server of a private Ray then listens on 127.0.0.1

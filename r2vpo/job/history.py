@@ -60,10 +60,17 @@ class Start:
 
 
 def record_start(run: RunDir, config: RunConfig, *, resume: bool, num_prompts: int | None = None) -> None:
-    """Add a start to the history: from the run's newest checkpoint if it is resumed, else at step 0."""
+    """Add a start to the history: from the run's newest checkpoint if it is resumed, else at step 0.
+
+    ``ConfigError`` if that checkpoint is damaged.
+    """
     checkpoint = newest(run.checkpoints) if resume else None
+    try:
+        step = read_state(checkpoint)["version"] if checkpoint else 0
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     start = Start(
-        step=read_state(checkpoint)["version"] if checkpoint else 0,
+        step=step,
         started_s=time.time(),
         settings=to_yaml(config),
         environment=environment(),
@@ -79,7 +86,10 @@ def read_starts(run: RunDir) -> list[Start]:
     path = run.path / NAME
     if not path.exists():
         return []
-    return [Start(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        return [Start(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); restore it, or remove it") from None
 
 
 def start_of_step(starts: Sequence[Start], step: int) -> Start | None:

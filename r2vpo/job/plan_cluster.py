@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import socket
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from r2vpo.job.config import ConfigError, RayConfig
+from r2vpo.job.ray_address import check_cluster
 
 GIB = 1 << 30
 NVIDIA_TIMEOUT_S = 5.0
-KNOCK_TIMEOUT_S = 3.0
 KEYS = {"nodes": "1", "cpus": None, "gpus": "0", "memory_gb": None, "gpu_memory_gb": None}
 """What ``--cluster`` takes, with the defaults of what may be left out; ``gpu_memory_gb`` is needed only with GPUs."""
 
@@ -108,11 +107,13 @@ def local() -> Shape:
 def joined(config: RayConfig) -> Shape:
     """The Ray cluster at ``config.address``. ``ConfigError`` if none answers there."""
     try:
-        _knock(config.address or "auto")
+        check_cluster(config.address or "auto")
         os.environ.update(config.environment())
         import ray  # only here: a plan for other machines needs none
 
         ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"ray.address={config.address}: no Ray cluster answers there ({error}); check `ray status`, or give "
@@ -127,13 +128,6 @@ def joined(config: RayConfig) -> Shape:
         for s in supplies
     )
     return Shape(origin=f"Ray at {config.address}", machines=machines)
-
-
-def _knock(address: str) -> None:
-    """``OSError`` if nobody listens at HOST:PORT: Ray itself would go on trying for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_TIMEOUT_S).close()
 
 
 def _store(supply: dict[str, float]) -> float:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from r2vpo.job.config import ConfigError
+from r2vpo.job.model_files import architecture_of, read_object, text_settings
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -39,15 +38,15 @@ def read_shape(directory: Path, *, num_parameters: int | None) -> ModelShape:
     Without ``num_parameters`` they are counted on a model without memory, which takes torch and some seconds.
     ``ConfigError`` if config.json does not say what is needed.
     """
-    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    text: dict[str, Any] = settings.get("text_config") or settings
+    settings = read_object(directory / "config.json")
+    text = text_settings(settings)
     try:
         heads = text["num_attention_heads"]
         head_dim = text.get("head_dim") or text["hidden_size"] // heads
         experts = text.get("num_experts_per_tok") or 1
         wide = text.get("moe_intermediate_size") if experts > 1 else None
         return ModelShape(
-            architecture=(settings.get("architectures") or ["unknown"])[0],
+            architecture=architecture_of(settings),
             num_parameters=_count(directory) if num_parameters is None else num_parameters,
             layers=text["num_hidden_layers"],
             hidden=text["hidden_size"],

@@ -17,6 +17,7 @@ from typing import Any
 from r2vpo.job.config import RunConfig
 from r2vpo.job.model_files import architecture_of, check_architecture, check_vocabulary, read_object, text_settings
 from r2vpo.job.prompt_lengths import check_lengths
+from r2vpo.job.ray_address import check_cluster
 from r2vpo.job.settings import ConfigError
 from rollout.tasks.base import Task
 
@@ -61,13 +62,16 @@ def preflight(config: RunConfig) -> Preflight:
     """Check what can be checked cheaply. Raises ``ConfigError`` naming the setting and the fix."""
     model = _check_model(config)
     task = _check_task(config)
-    window, directory = config.rollout.max_model_len, model.directory
+    window, directory, address = config.rollout.max_model_len, model.directory, config.ray.address
     return Preflight(
         model=model,
         num_prompts=task.num_prompts,
         num_eval_prompts=task.num_eval_prompts,
         free_bytes=_check_space(config, model),
-        notes=() if directory is None else check_lengths(task, directory, window=window),
+        notes=(
+            *(() if directory is None else check_lengths(task, directory, window=window)),
+            *(() if address is None else check_cluster(address)),
+        ),
     )
 
 

@@ -24,6 +24,8 @@ import yaml
 from omegaconf import OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from r2vpo.job import secrets
+
 T = TypeVar("T")
 COMMAND_LINE = "command line"
 MAX_NODES = 10_000
@@ -89,6 +91,9 @@ def load(schema: type[T], path: Path, overrides: Sequence[str]) -> T:
     for key, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value} must be a finite number")
+        for text in _texts(value):
+            if sentence := secrets.problem(key, text):
+                raise ConfigError(sentence)
         if isinstance(value, str) and "\0" in value:
             raise ConfigError(f"{key}={value!r} holds a NUL character; remove it")
     return config
@@ -109,6 +114,18 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{key}.")
         else:
             yield key, value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a setting's value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
 
 
 def _escaped(value: Any) -> Any:
@@ -173,6 +190,8 @@ class _Reader:
 
     def _override_value(self, value: str, annotation: Any, key: str) -> Any:
         """The value of an override: YAML, or the bare text where the setting is text."""
+        if sentence := secrets.problem(key, value):
+            raise ConfigError(f"{COMMAND_LINE}: {sentence}")
         try:
             loader, node = _compose(value, COMMAND_LINE)
         except ConfigError:
@@ -214,6 +233,8 @@ class _Reader:
         if is_dataclass(annotation):
             return self._section(loader, node, annotation, f"{key}.", source)
         text = str(node.value) if isinstance(node, yaml.ScalarNode) else ""
+        if sentence := secrets.problem(key, text):
+            raise ConfigError(f"{place}: {sentence}")
         self.written[key] = (place, text)
         if isinstance(node, yaml.MappingNode) and (twice := _given_twice(node)) is not None:
             raise ConfigError(f"{_place(source, twice)}: {key}.{twice.value} is given twice")
@@ -223,13 +244,17 @@ class _Reader:
             raise ConfigError(_syntax(error, source)) from None
         except (ValueError, LookupError, AttributeError):  # whatever PyYAML trips over, such as `!!int x`
             kind = str(node.tag).rpartition(":")[2]
-            raise ConfigError(f"{place}: {f'{key}={_shortened(text)}' if text else key} is no value of kind {kind}") from None
+            raise ConfigError(
+                f"{place}: {f'{key}={_shortened(text)}' if text else key} is no value of kind {kind}"
+            ) from None
         if _wants_text(annotation) and isinstance(node, yaml.ScalarNode) and value is not None:
             return node.value
         return value
 
     def _unknown(self, key: str) -> str:
         """What to say about a key that is no setting: the nearest one, or what its section holds."""
+        if secrets.is_named_like_one(key):
+            return f"{key} is not a setting; {secrets.advice(key)}"
         section, _, name = key.rpartition(".")
         same_name = [known for known in self.types if known.rpartition(".")[2] == name]
         siblings = [known for known in self.types if known.rpartition(".")[0] == section]

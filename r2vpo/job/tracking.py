@@ -20,6 +20,7 @@ from typing import Any
 
 from r2vpo.job.config import RunConfig
 from r2vpo.job.rundir import RunDir, write_atomic
+from r2vpo.job.settings import ConfigError
 
 CLOSE_TIMEOUT_S = 10.0
 
@@ -122,11 +123,24 @@ class Mirror:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The metrics of every step in a metrics.jsonl; a last line that was cut off by a crash is left out."""
+    """The metrics of every step in a metrics.jsonl; a last line that was cut off by a crash is left out.
+
+    ``ConfigError`` if any other line holds no step.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    lines = path.read_bytes().split(b"\n")
+    return [_metrics_in(line, f"{path}, line {number}") for number, line in enumerate(lines[:-1], start=1)]
+
+
+def _metrics_in(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        metrics = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{place} is damaged ({error}); restore the file, or remove the line") from None
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("step"), int):
+        raise ConfigError(f"{place} is damaged (it has no step); restore the file, or remove the line")
+    return metrics
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -43,7 +43,7 @@ def refused(driver, capsys, runs):
         (["rollout.max_model_len=65"], ["rollout.max_model_len=65 exceeds the 64 positions"]),
         (["--resume"], ["there is no run", "start it without --resume"]),
         (["--resume", "--next-free"], ["--next-free", "not allowed with", "--resume"]),
-        (["--lr=3"], ["unknown option --lr=3", "key=value"]),
+        (["--lr=3"], ["unknown option --lr (settings", "key=value"]),
         (["steps"], ["steps is not an override"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

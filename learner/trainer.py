@@ -88,7 +88,8 @@ class LearnerTrainer:
         self._objective = objective(algorithm, gated=algorithm.is_gated(off_policy=off_policy))
         self._temperature, self._seed, self._exact_engine = temperature, seed, exact_engine
         self._max_lag, self._max_replay_lag = max_lag, max_replay_lag
-        prompt = AutoTokenizer.from_pretrained(model_path)(canary_text)["input_ids"] if canary_text else []
+        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
+        prompt = tokenizer(canary_text)["input_ids"] if canary_text else []
         self._canary_tokens = canary_tokens(
             prompt, vocab_size=self.engine.vocab_size, special_ids=self.engine.special_ids
         )

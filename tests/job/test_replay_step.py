@@ -239,7 +239,7 @@ def test_it_has_a_private_ray_unless_an_address_is_given(past, learners):
         (["--step", "x"], "x is not the number of a step"),
         ([], "--step"),
         (["--step", "5", "learner.lr=1"], "learner.lr=1 is one argument too many"),
-        (["--step", "5", "--lr=1"], "unknown option --lr=1; see r2vpo replay-step --help"),
+        (["--step", "5", "--lr=1"], "unknown option --lr; see r2vpo replay-step --help"),
         (["--step", "5", "--checkpoint", "none"], "--checkpoint none: none is not a complete checkpoint"),
     ],
     ids=str,

@@ -239,8 +239,9 @@ def _train(arguments: argparse.Namespace) -> int:
             print(f"run {run.name} (the next free name)", flush=True)
         for sentence in (*warnings, *config.notes, *facts.notes):
             print(f"r2vpo: note: {sentence}", file=sys.stderr)
-        run.write_config(to_yaml(config))
+        # First: it refuses a damaged checkpoint, and the settings must then be what they were.
         record_start(run, config, resume=arguments.resume, num_prompts=facts.num_prompts)
+        run.write_config(to_yaml(config))
         os.environ.update(config.ray.environment())
         from r2vpo.job.driver import run_job  # brings Ray: only now
 

@@ -113,6 +113,7 @@ STORES = [
 ]
 CHECKPOINTS = [
     Row("state cut off", spoilt(cut(NEWEST, 0.5), *RESUME), "step-000002/trainer.json is damaged"),
+    Row("changed settings", spoilt(cut(NEWEST, 0.5), *RESUME, "learner.lr=1e-3"), "trainer.json is damaged"),
     Row("state empty", spoilt(written(NEWEST, ""), *RESUME), "trainer.json is damaged"),
     Row("state a list", spoilt(written(NEWEST, "[]"), *RESUME), "trainer.json is damaged (no version in it)"),
     Row("state binary", spoilt(written(NEWEST, b"\x80\x04\xff"), *RESUME), "trainer.json is damaged"),

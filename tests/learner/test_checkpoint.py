@@ -76,9 +76,9 @@ def test_other_directories_are_left_alone(tmp_path):
 
 
 def test_writing_a_step_again_replaces_it(tmp_path):
-    write(tmp_path, 50, state={"attempt": 1})
-    path = write(tmp_path, 50, state={"attempt": 2})
-    assert checkpoint.read_state(path) == {"attempt": 2}
+    write(tmp_path, 50, state={"version": 50, "attempt": 1})
+    path = write(tmp_path, 50, state={"version": 50, "attempt": 2})
+    assert checkpoint.read_state(path) == {"version": 50, "attempt": 2}
     assert names(tmp_path) == ["step-000050"]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from replay.config import GIB, ReplayConfig
 from replay.limiter import Grant
-from replay.rows import Rows
+from replay.rows import ROW, Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ def merged(pages: Sequence[Rows], *, limit: int) -> Rows:
     Oldest version first, then id. It ends where a full page ends, as that shard may hold more there; the pages after
     the last row returned are asked for next. Empty only if all pages are.
     """
-    rows = np.concatenate(pages)
+    rows = np.concatenate([np.zeros(0, ROW), *pages])
     rows = rows[np.lexsort((rows["id"], rows["oldest_version"]))]
     ends = [(int(p["oldest_version"][-1]), int(p["id"][-1])) for p in pages if len(p) == limit]
     if not ends:

@@ -58,7 +58,8 @@ class ShardService:
         self._writer: asyncio.Task[None] | None = None
         self._trouble = ""
         self._since_s = 0.0
-        self._closed = False
+        self._closed = False  # it takes no more groups, but writes those it has …
+        self._shut = False  # … until it has let go of the file
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"replay-shard-{shard}")
         try:
             self._store = self._thread.submit(
@@ -123,7 +124,8 @@ class ShardService:
         if self._writer is not None:
             self._writer.cancel()
             await asyncio.wait([self._writer])
-        await self._in_store(self._store.close)
+        self._shut = True
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._store.close)
         self._thread.shutdown()
 
     async def _write_pending(self) -> None:
@@ -179,4 +181,6 @@ class ShardService:
             await self._listener.stalled(self._shard, sentence, [*self._writing, *queued])
 
     async def _in_store(self, work: Callable[[], T]) -> T:
+        if self._shut:
+            raise ReplayError(f"replay store {self._store.path} is closed")
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -8,12 +8,14 @@ whether they wait.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from r2vpo.records import BatchPlan
 from replay.config import ReplayConfig
+from replay.errors import ReplayError
 from replay.eviction import Eviction, merged
 from replay.index import Index
 from replay.limiter import Grant
@@ -23,6 +25,8 @@ from replay.rows import Rows, by_shard
 
 PAGE = 1024
 """Rows asked of each shard at a time."""
+
+logger = logging.getLogger(__name__)
 
 
 class Sweeper:
@@ -60,8 +64,18 @@ class Sweeper:
         return self._eviction.room(held_groups=self.held_groups, held_bytes=self.held_bytes, in_flight=in_flight)
 
     async def sweep(self, index: Index, chosen: Callable[[], BatchPlan | None]) -> None:
-        """One pass over the store. ``chosen`` says which batch is in work; asked with the condition held."""
-        await self._drop_used_up(index, chosen)
+        """One pass over the store. ``chosen`` says which batch is in work; asked with the condition held.
+
+        It ends early where a shard is lost or its disk is full; a later one goes on.
+        """
+        try:
+            await self._drop_used_up(index, chosen)
+            await self._drop_old(index, chosen)
+        except ReplayError as error:
+            logger.warning("eviction is put off: %s", error)
+
+    async def _drop_old(self, index: Index, chosen: Callable[[], BatchPlan | None]) -> None:
+        """By lag and by capacity, the oldest first."""
         after, done = (-1, 0), False
         while not done:
             page = await self._page(after)

@@ -168,6 +168,46 @@ async def test_a_second_attach_without_a_detach_counts_nothing_twice(start):
     assert (await store.stats())["unusable"]["late"] == 0
 
 
+async def test_eviction_is_put_off_while_shards_are_away_or_lost_and_made_up_for(start, caplog):
+    store = await start(max_lag=0, groups_per_step=2, capacity_groups=6)
+    for step in range(3):
+        for key in await lease(store, 2, version=step):
+            await store.append(make_group(key, version=step))
+        await train(store, step)
+    assert (await store.stats())["held_groups"] == 6  # all are needed: the run may go back to step 0
+    await store.detach(0)
+    lost, store.service._shards[1].link = store.service._shards[1].link, Lost()
+    await store.service.keep_from(step=3)
+    await store.service._sweep
+    assert caplog.messages == ["eviction is put off: its process died"]
+    store.service._shards[1].link = None
+    await store.service.keep_from(step=3)
+    await store.service._sweep  # nobody is there
+    store.service._shards[1].link = lost
+    await store.attach(0)
+    await store.service.keep_from(step=3)
+    await store.service._sweep
+    assert (await store.stats())["held_groups"] == 4  # the two of the next step have room
+
+
+class Lost:
+    """A shard whose process is gone."""
+
+    async def oldest_held(self, *, limit, after):
+        raise ReplayError("its process died")
+
+    async def stats(self):
+        raise ReplayError("its process died")
+
+
+async def test_a_closed_shard_says_so(tmp_path):
+    shard = ShardService(str(tmp_path / shard_file(0)), listener=Listening())
+    await shard.close()
+    for asked in (shard.rows(), shard.read([1]), shard.append(encode_group(make_group(0)))):
+        with pytest.raises(ReplayError, match=r"shard-000.sqlite3 is closed"):
+            await asked
+
+
 class Listening:
     """Notes what a shard says."""
 

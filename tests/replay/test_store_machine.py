@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from r2vpo.records import Kind
+from replay.audit import audit_store
+from replay.audit_rules import StepSettings
 from replay.config import ReplayConfig
 from replay.local import LocalStore
 from replay.reader import StoreReader
@@ -200,6 +202,25 @@ class StoreMachine(RuleBasedStateMachine):
                 assert same(reader.group(key).group, self.groups[key])
             for step, batch in enumerate(self.steps[self.pinned :], start=self.pinned):
                 assert [(g.group.key, g.kind) for g in reader.batch(step).groups] == batch
+        audit = audit_store(
+            self.directory,
+            settings=[
+                StepSettings(
+                    first_step=0,
+                    max_lag=1000,
+                    max_replay_lag=MAX_REPLAY_LAG,
+                    min_verdicts=2,
+                    groups_per_step=NUM_FRESH + NUM_STALE,
+                    num_fresh=NUM_FRESH,
+                    max_outstanding=0,
+                    may_evict=self.config.capacity_groups is not None,
+                )
+            ],
+            resume_step=lambda: self.pinned,
+            acknowledged=self.groups,
+        )
+        assert audit.violations == ()
+        assert (audit.version, audit.num_groups) == (len(self.steps), len(self.groups))
 
 
 TestStoreMachine = StoreMachine.TestCase

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-from r2vpo.job import control_commands, logs_command, plan, replay_commands, replay_step, status_command
+from r2vpo.job import job_commands, plan, remote, replay_commands, replay_step, submit
 from r2vpo.job.config import RunConfig, check_resumable, load_config, to_yaml
 from r2vpo.job.find_run import add_run_arguments, run_dir_of
 from r2vpo.job.history import record_start
@@ -38,6 +38,7 @@ examples:
   r2vpo train runs/mine/config.yaml --resume learner.steps=400
   r2vpo config configs/quickstart.yaml learner.lr=1e-4
   r2vpo plan configs/quickstart.yaml rollout.workers=2
+  r2vpo submit mine.yaml --address http://HOST:8265
   r2vpo status mine
   r2vpo stop mine
   r2vpo resume mine learner.steps=400
@@ -46,10 +47,15 @@ examples:
 """
 
 
+SUBMIT = (
+    "Give a run to a Ray cluster through its job server, with the code of this installation and the local files that "
+    "the config names."
+)
 RESUME_EXAMPLES = """\
 examples:
   r2vpo resume quickstart-1
   r2vpo resume quickstart-1 learner.steps=200
+  r2vpo resume mine --address http://127.0.0.1:8265 --env WANDB_API_KEY
 """
 
 
@@ -70,12 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "plan": plan.run,
             "replay": replay_commands.run,
             "replay-step": replay_step.run,
-            "status": status_command.run,
-            "logs": logs_command.run,
-            "scale": control_commands.scale,
-            "drain": control_commands.drain,
-            "checkpoint": control_commands.checkpoint,
-            "stop": control_commands.stop,
+            **dict.fromkeys(job_commands.NAMES, job_commands.run),
+            "submit": submit.run,
             "resume": _resume,
         }
         return commands[arguments.command](arguments)
@@ -131,7 +133,23 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
-    _add_job_commands(commands)
+
+    def add(name: str, help_text: str, description: str, examples: str, *parents: _Parser) -> _Parser:
+        return commands.add_parser(
+            name,
+            parents=parents,
+            help=help_text,
+            description=description,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    submit.add_arguments(add("submit", "give a run to a cluster", SUBMIT, submit.EXAMPLES, shared))
+    job_commands.add_parsers(add)
+    resume = add("resume", "go on with a run", "Go on with a run from its newest checkpoint.", RESUME_EXAMPLES)
+    add_run_arguments(resume)
+    remote.add_resume_arguments(resume)
+    resume.add_argument("overrides", nargs="*", metavar="key=value", help="changes a setting, as of train")
     replay_step.add_arguments(
         commands.add_parser(
             "replay-step",
@@ -164,62 +182,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def _add_job_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
-    """The commands that look at a run while it goes on, or tell it what to do."""
-
-    def add(name: str, help_text: str, description: str, examples: str) -> _Parser:
-        return commands.add_parser(
-            name,
-            help=help_text,
-            description=description,
-            epilog=examples,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    status_command.add_arguments(
-        add(
-            "status",
-            "say what a run does, or how it ended",
-            "Say what a run does, component by component, or how it ended. Exit code 1 if it failed, was interrupted "
-            "or killed.",
-            status_command.EXAMPLES,
-        )
-    )
-    logs_command.add_arguments(
-        add("logs", "print what a run has logged", "Print what the parts of a run have logged.", logs_command.EXAMPLES)
-    )
-    for name, add_arguments, help_text, description in (
-        (
-            "scale",
-            control_commands.add_scale_arguments,
-            "set the number of rollout workers",
-            "Set the number of rollout workers of a run that goes on.",
-        ),
-        (
-            "drain",
-            control_commands.add_drain_arguments,
-            "take a rollout worker out of service",
-            "Take a rollout worker, or all on a node, out of service: no new prompt, and nothing is lost.",
-        ),
-        (
-            "checkpoint",
-            control_commands.add_checkpoint_arguments,
-            "write a checkpoint now",
-            "Write a checkpoint after the learner step that is under way, and return once it is on disk.",
-        ),
-        (
-            "stop",
-            control_commands.add_stop_arguments,
-            "end a run with a checkpoint",
-            "End a run after the learner step that is under way, with a checkpoint, and wait until it has ended.",
-        ),
-    ):
-        add_arguments(add(name, help_text, description, control_commands.EXAMPLES))
-    resume = add("resume", "go on with a run", "Go on with a run from its newest checkpoint.", RESUME_EXAMPLES)
-    add_run_arguments(resume)
-    resume.add_argument("overrides", nargs="*", metavar="key=value", help="changes a setting, as of train")
-
-
 def _show_config(arguments: argparse.Namespace) -> int:
     """``r2vpo config``."""
     print(to_yaml(load_config(arguments.config, arguments.overrides)), end="")
@@ -250,6 +212,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _resume(arguments: argparse.Namespace) -> int:
     """``r2vpo resume``: ``r2vpo train RUN/config.yaml --resume``, also where the run's folder was moved."""
+    if arguments.address is not None:
+        return remote.run(arguments)
     run = run_dir_of(arguments)
     report = look(run)
     if report.state == FINISHED and not any(text.startswith("learner.steps=") for text in arguments.overrides):

@@ -30,6 +30,11 @@ def find_run(text: str, runs: Path = RUNS) -> Path:
     raise ConfigError(f"there is no run {text}; {folder}/ holds {', '.join(near)}{more}")
 
 
+def is_path(text: str) -> bool:
+    """Whether a run is named by its folder rather than by its name."""
+    return "/" in text or text.startswith("~")
+
+
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """``RUN``, and where runs lie."""
     parser.add_argument("run", metavar="RUN", help="name of a run, or the path of its folder")

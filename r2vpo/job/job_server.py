@@ -39,6 +39,8 @@ RUN, RUN_DIR, HELPER = "r2vpo_run", "r2vpo_run_dir", "r2vpo_command"
 STOP_WAIT_S = 300
 """How long ``ray job stop`` lets a run write its checkpoint before it kills it (seconds); Ray's default is 3."""
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
+RAY_LOGGERS = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
+"""They tell of every package and connection."""
 BEGIN = "Running entrypoint for job "
 """Ray's line in a job's log before what the job itself says."""
 
@@ -253,7 +255,8 @@ def _connect(url: str) -> Any:
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for name in RAY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(url)
     except (RuntimeError, OSError, RayError) as error:

@@ -297,6 +297,10 @@ class Canary:
     """Entry i is the log-prob (nats, temperature 1) of token i + 1 given the tokens before it."""
 
 
+Stamp = tuple[int, int]
+"""Lineage and version of published weights; the greater one is the newer one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightManifest:
     """What the learner published under one version."""
@@ -306,6 +310,13 @@ class WeightManifest:
     canary: Canary
     published_s: float = field(default=0.0)
     """Unix time (seconds) of the publication."""
+    lineage: int = 0
+    """How often the learner had gone back to a checkpoint before: the same version of two lineages is not the same."""
+
+    @property
+    def stamp(self) -> Stamp:
+        """What tells these weights from all others of the run, and newer ones from older ones."""
+        return self.lineage, self.version
 
     @property
     def num_bytes(self) -> int:
@@ -356,8 +367,8 @@ class GroupSource(Protocol):
 class WeightSource(Protocol):
     """Where rollout workers find the learner's newest weights."""
 
-    async def newest(self, *, after: int, timeout_s: float) -> WeightManifest | None:
-        """The newest manifest with a version above ``after``, or None if there is none within ``timeout_s``."""
+    async def newest(self, *, after: Stamp, timeout_s: float) -> WeightManifest | None:
+        """The newest manifest if its stamp is above ``after``, or None if there is none within ``timeout_s``."""
         ...
 
     async def fetch(self, manifest: WeightManifest) -> tuple[memoryview, ...]:

@@ -94,6 +94,10 @@ class LocalStore:
         """See ``GroupSource.commit``."""
         await self.service.commit(step=step, group_ids=group_ids)
 
+    async def rewind(self, *, step: int) -> None:
+        """See ``ReplayService.rewind``."""
+        await self.service.rewind(step=step)
+
     async def stats(self) -> dict[str, Any]:
         """See ``ReplayService.stats``."""
         return await self.service.stats()

@@ -90,15 +90,8 @@ class ReplayService:
             state.speak("")
             if self._index is not None:
                 await self._intake.bring_back(self._index, state, link)
-            elif all(other.link is not None for other in self._shards):
-                self._index = await self._intake.load(
-                    num_prompts=self._num_prompts,
-                    groups_per_step=self._groups_per_step,
-                    steps=self._steps,
-                    seed=self._seed,
-                    next_step=self._version,
-                    must_be_empty=self._resume_step is None,
-                )
+            else:
+                await self._load()
             self._changed.notify_all()
 
     async def detach(self, shard: int, reason: str) -> None:
@@ -218,6 +211,15 @@ class ReplayService:
             self._sweeper.pinned_step = max(self._sweeper.pinned_step, step)
         self._make_room()
 
+    async def rewind(self, *, step: int) -> None:
+        """The learner has gone back: ``step`` is the next one, and what it and later ones consumed is undone.
+
+        Every lease is taken back, since workers hold weights that the learner will not have had; a group that is
+        appended all the same is set aside if a token of it is newer than the learner. ``ValueError`` if the log has
+        not come as far as ``step``.
+        """
+        await asyncio.shield(self._rewind(step))
+
     # The job
 
     async def hosts(self) -> dict[int, str]:
@@ -282,6 +284,34 @@ class ReplayService:
             log.close()
             raise
         return log
+
+    async def _load(self) -> None:
+        """Read all shards, if they are there."""
+        if all(state.link is not None for state in self._shards):
+            self._index = await self._intake.load(
+                num_prompts=self._num_prompts,
+                groups_per_step=self._groups_per_step,
+                steps=self._steps,
+                seed=self._seed,
+                next_step=self._version,
+                must_be_empty=self._resume_step is None,
+            )
+
+    async def _rewind(self, step: int) -> None:
+        is_done = False
+        while not is_done:
+            if self._sweep is not None:
+                await asyncio.wait([self._sweep])
+            async with self._changed:
+                if self._sweep is not None and not self._sweep.done():
+                    continue  # it began meanwhile, and would evict by what holds no more
+                self._chosen, self._index = None, None  # from here on none begins
+                await self._log.do(lambda log: log.rewind(step))
+                self._version = self._resume_step = step
+                self._asks = {worker: object() for worker in self._asks}
+                await self._load()
+                self._changed.notify_all()
+                is_done = True
 
     async def _take(self, step: int) -> BatchPlan | None:
         async with self._changed:

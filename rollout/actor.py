@@ -46,8 +46,13 @@ class RolloutActor:
         prompts: PromptSource,
         groups: GroupSink,
         weights: WeightSource,
+        probe_every_s: float,
+        silent_s: float,
     ) -> None:
-        """Start the engine; it serves its first prompt only after its first verified sync."""
+        """Start the engine; it serves its first prompt only after its first verified sync.
+
+        ``probe_every_s``, ``silent_s``: see ``RolloutWorker``.
+        """
         # Imported here: vLLM must see the environment that Ray gave this process, and importing it takes seconds.
         engine_module = importlib.import_module("rollout.engine")
         tokenize = make_tokenize(model_path, chat=task.chat, trust_remote_code=trust_remote_code)
@@ -75,15 +80,21 @@ class RolloutActor:
             groups=groups,
             weights=weights,
             sync=WeightSync(engine, worker=self._name, tolerance=tolerance),
+            probe_every_s=probe_every_s,
+            silent_s=silent_s,
         )
 
     async def run(self) -> None:
-        """Serve until ``stop``; raises what a component raised."""
+        """Serve until ``stop``, or until it is drained; raises what a component raised."""
         self._idle.clear()
         try:
             await self._started().run()
         finally:
             self._idle.set()
+
+    async def drain(self) -> None:
+        """Take no further lease; ``run`` returns once the last group is finished."""
+        self._started().drain()
 
     async def stop(self) -> None:
         """Return all leases, let ``run`` end, and end the engine's and the rewards' processes."""

@@ -52,7 +52,7 @@ class RolloutEngine:
             load_format="safetensors",  # `auto` would take pickled weights where there are no others
             dtype=config.dtype if on_gpu or config.dtype != "auto" else "float32",  # type: ignore[arg-type]
             max_model_len=config.max_model_len,
-            max_num_seqs=config.group_size * config.groups_in_flight,
+            max_num_seqs=config.group_size * config.groups_in_flight + 1,  # room for a probe
             tensor_parallel_size=config.tensor_parallel_size,
             kv_cache_memory_bytes=None if config.kv_cache_gb is None else int(config.kv_cache_gb * GIB),
             gpu_memory_utilization=config.gpu_memory_utilization,
@@ -131,11 +131,17 @@ class RolloutEngine:
         raise EngineFailed("vLLM's engine died")
 
     async def probe(self, timeout_s: float) -> float:
-        """Generate one token and return the seconds it took; a health endpoint is no proof of life."""
+        """Generate one token and return the seconds it took; a health endpoint is no proof of life.
+
+        ``EngineFailed`` if it takes more than ``timeout_s`` seconds.
+        """
         started_s = time.monotonic()
         parameters = SamplingParams(max_tokens=1, temperature=0.0, output_kind=RequestOutputKind.FINAL_ONLY)
-        async with asyncio.timeout(timeout_s):
-            await self._final_output([0], parameters)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._final_output([0], parameters)
+        except TimeoutError:
+            raise EngineFailed(f"vLLM's engine has not generated a token for {timeout_s:g} s") from None
         return time.monotonic() - started_s
 
     def shutdown(self) -> None:

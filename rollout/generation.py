@@ -55,6 +55,10 @@ class Engine(Protocol):
         """Look at the engine's processes until they are dead: ``EngineFailed``."""
         ...
 
+    async def probe(self, timeout_s: float) -> float:
+        """Generate one token; the seconds it took. ``EngineFailed`` if it takes more than ``timeout_s``."""
+        ...
+
 
 def request_seed(run_seed: int, key: str) -> int:
     """The seed of a prompt's first member; member i is sampled with this plus i.

@@ -20,7 +20,7 @@ from io import BufferedWriter
 import numpy as np
 
 from r2vpo.checksum import verify_bucket
-from r2vpo.records import NO_VERSION, SyncRecord, WeightManifest
+from r2vpo.records import NO_VERSION, Stamp, SyncRecord, WeightManifest
 from rollout.generation import Engine
 
 MAX_TRIES = 3
@@ -36,13 +36,19 @@ class WeightSync:
 
     def __init__(self, engine: Engine, *, worker: str, tolerance: float) -> None:
         """``tolerance``: largest gap (nats) allowed on the canary; 1e-4 in float32, 5e-2 in bfloat16."""
-        self.version = NO_VERSION
+        self.stamp: Stamp = (0, NO_VERSION)
+        """What the engine holds."""
         self._records: list[SyncRecord] = []
         self._engine = engine
         self._worker = worker
         self._tolerance = tolerance
         self._changed = asyncio.Condition()
         self._is_proven = False
+
+    @property
+    def version(self) -> int:
+        """Version of the engine's weights; ``NO_VERSION`` before the first verified sync."""
+        return self.stamp[1]
 
     def take_records(self) -> tuple[SyncRecord, ...]:
         """The syncs since the last call."""
@@ -103,7 +109,7 @@ class WeightSync:
             )
         )
         async with self._changed:
-            self.version, self._is_proven = manifest.version, True
+            self.stamp, self._is_proven = manifest.stamp, True
             self._changed.notify_all()
 
     async def _load(self, paths: Sequence[str], version: int) -> float:

@@ -33,6 +33,8 @@ from rollout.tasks.base import Task
 
 ASK_S = 5.0
 """Longest single wait for a lease or a manifest (seconds); the loops ask again, so it bounds only one call."""
+SUPERSEDED_S = 0.5
+"""Before the next question for weights that were gone when they were fetched (seconds)."""
 REASONS = 50
 """Different reasons for missing rewards that a worker writes down."""
 
@@ -59,7 +61,10 @@ class RolloutWorker:
         groups: GroupSink,
         weights: WeightSource,
         sync: WeightSync,
+        probe_every_s: float = 30.0,
+        silent_s: float = 120.0,
     ) -> None:
+        """The engine must generate a token within ``silent_s`` seconds whenever it is asked, all ``probe_every_s``."""
         self.name = name
         self._config = config
         self._seed = seed
@@ -71,7 +76,8 @@ class RolloutWorker:
         self._groups = groups
         self._weights = weights
         self._sync = sync
-        self._stopping = asyncio.Event()
+        self._probe_every_s, self._silent_s = probe_every_s, silent_s
+        self._stopping, self._draining = asyncio.Event(), asyncio.Event()
         self._tasks: dict[asyncio.Task[None], Lease] = {}
         self._waits_for = "the first weights"
         self._num_groups = self._num_trajectories = self._num_tokens = 0
@@ -79,8 +85,17 @@ class RolloutWorker:
         self._said: set[str] = set()
 
     async def run(self) -> None:
-        """Serve until stopped; raises what a component raised. All accepted leases have gone back when it returns."""
-        works = (self._sync_loop(), self._lease_loop(), self._engine.watch(), self._stopping.wait())
+        """Serve until stopped or drained; raises what a component raised.
+
+        All accepted leases have gone back when it returns.
+        """
+        works = (
+            self._sync_loop(),
+            self._lease_loop(),
+            self._probe_loop(),
+            self._engine.watch(),
+            self._stopping.wait(),
+        )
         waits = [asyncio.create_task(work) for work in works]
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -97,6 +112,10 @@ class RolloutWorker:
     def stop(self) -> None:
         """Take no further lease, return those in flight, and let ``run()`` end."""
         self._stopping.set()
+
+    def drain(self) -> None:
+        """Take no further lease, finish the groups in flight, and then let ``run()`` end."""
+        self._draining.set()
 
     async def evaluate(self, *, version: int, num_prompts: int, timeout_s: float) -> Evaluation:
         """Mean reward on the first ``num_prompts`` held-out prompts, once the engine holds ``version``.
@@ -138,28 +157,34 @@ class RolloutWorker:
         """Consumes manifests; waits for the next version; unblocked by the learner's publication; produces new weights.
 
         While a version is loaded and not yet proven by the canary, no lease is taken and no group is appended. A
-        canary that fails discards all groups in flight: some of their tokens came from weights that have no name.
+        canary that fails discards all groups in flight: some of their tokens came from weights that have no name. So
+        does a new lineage: their tokens came from weights that the learner has gone back behind.
         """
         while True:
-            manifest = await self._weights.newest(after=self._sync.version, timeout_s=ASK_S)
+            manifest = await self._weights.newest(after=self._sync.stamp, timeout_s=ASK_S)
             if manifest is None:
                 continue
             started_s = time.monotonic()
             try:
                 payloads = await self._weights.fetch(manifest)
-            except LookupError:
-                continue  # superseded while we asked: the next manifest is newer
+            except LookupError:  # superseded while we asked, or the learner has died: another manifest will come
+                await asyncio.sleep(SUPERSEDED_S)
+                continue
+            if manifest.lineage != self._sync.stamp[0]:
+                await self._discard_in_flight()
             await self._sync.apply(manifest, payloads, started_s=started_s, on_mismatch=self._discard_in_flight)
 
     async def _lease_loop(self) -> None:
         """Consumes leases; waits for a free slot, proven weights and the limiter; produces group tasks.
 
         Unblocked by a finished group, by the sync loop, and by the learner's commits. An ask that still waits when new
-        weights arrive is asked again under the new version; the store then answers the old one at once.
+        weights arrive is asked again under the new version; the store then answers the old one at once. Ends once it
+        is drained; a lease that the store grants at that moment is taken back from a worker that has ended.
         """
         asks: dict[asyncio.Task[None], int] = {}
+        drained = asyncio.create_task(self._draining.wait())
         try:
-            while True:
+            while not drained.done():
                 await self._sync.proven()
                 self._clock.start()
                 version = self._sync.version
@@ -168,7 +193,8 @@ class RolloutWorker:
                     asks[asyncio.create_task(self._ask(version, free))] = version
                 newer = asyncio.create_task(self._sync.reached(version + 1))
                 try:
-                    await asyncio.wait({newer, *asks, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
+                    waits = {newer, drained, *asks, *self._tasks}
+                    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     newer.cancel()
                 self._reap()
@@ -176,8 +202,18 @@ class RolloutWorker:
                     del asks[ask]
                     ask.result()
         finally:
-            for ask in asks:
-                ask.cancel()
+            for wait in (drained, *asks):
+                wait.cancel()
+        self._waits_for = "the end of its last groups"
+        while self._tasks:
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+            self._reap()
+
+    async def _probe_loop(self) -> None:
+        """Waits for time to pass; consumes a token of the engine; produces nothing but ``EngineFailed``."""
+        while True:
+            await asyncio.sleep(self._probe_every_s)
+            await self._engine.probe(self._silent_s)
 
     async def _ask(self, version: int, count: int) -> None:
         """One question to the ledger. One that found the job complete lasts, lest it be repeated without a pause."""

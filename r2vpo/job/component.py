@@ -24,12 +24,33 @@ ROLL_CALL_S = 3.0
 T = TypeVar("T")
 
 
+FINAL_CAUSES = (ValueError, TypeError, LookupError, AssertionError, NotImplementedError)
+"""What a component raises that it would raise again: wrong input, or a wrong program. Starting it anew is no cure."""
+
+
 class JobFailed(RuntimeError):  # noqa: N818 - says what happened
-    """The run cannot go on; the message names who failed, and how."""
+    """Something of the run failed; the message names who, and how."""
+
+    is_final = False
+    """Whether it would fail in the same way again if its processes were started anew."""
 
 
-class ComponentDied(JobFailed):
+class FailedForGood(JobFailed):
+    """The run cannot go on."""
+
+    is_final = True
+
+
+class ComponentLost(JobFailed):
+    """A component answers no more, whatever its process does."""
+
+
+class ComponentDied(ComponentLost):
     """The process of a component is gone."""
+
+
+class ComponentSilent(ComponentLost):
+    """A component does not answer in time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +73,8 @@ class Component:
     ) -> Any:
         """The answer of the actor's ``method``.
 
-        ``ComponentDied`` if its process is gone, ``JobFailed`` if it raises anything but ``passing``, or does not
-        answer ``within_s`` seconds (None: however long it takes).
+        ``ComponentDied`` if its process is gone, ``ComponentSilent`` if it does not answer ``within_s`` seconds (None:
+        however long it takes), another ``JobFailed`` if it raises anything but ``passing``.
         """
         call = getattr(self.actor, method).remote(*arguments, **settings)
         return await self.answer(method, call, within_s=within_s, passing=passing)
@@ -75,18 +96,18 @@ class Component:
         except RayError as error:  # before TimeoutError: a remote one is both
             self._fail(error)
         except TimeoutError:
-            raise JobFailed(f"{self.name} did not finish {method} within {within_s:g} s{self._see()}") from None
+            raise ComponentSilent(f"{self.name} did not finish {method} within {within_s:g} s{self._see()}") from None
 
-    async def watch(self) -> NoReturn:
-        """Look at the process until it is gone: ``ComponentDied``. What it works on does not matter."""
+    async def watch(self, pulse: str = "__ray_ready__", *, silent_s: float | None = None) -> NoReturn:
+        """Ask ``pulse`` again and again until it is not answered: ``ComponentDied``, or ``ComponentSilent`` after
+        ``silent_s`` seconds. An actor that works on one call at a time answers only between two calls.
+        """
         while True:
-            await self.ask("__ray_ready__", within_s=None)
+            try:
+                await self.ask(pulse, within_s=silent_s)
+            except ComponentSilent as silence:
+                raise ComponentSilent(f"{self.name} has not answered for {silent_s:g} s{self._see()}") from silence
             await asyncio.sleep(WATCH_S)
-
-    async def serve(self, method: str) -> NoReturn:
-        """Let a call run that lasts as long as the component serves; its end, too, is a failure."""
-        await self.ask(method, within_s=None)
-        raise JobFailed(f"{self.name} ended without being asked to{self._see()}")
 
     def _fail(self, error: RayError) -> NoReturn:
         if isinstance(error, RayActorError) and not error.actor_init_failed:
@@ -94,7 +115,8 @@ class Component:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, JobFailed):
             raise cause from error  # it names the component behind this one
-        raise JobFailed(f"{self.name} failed: {plain_message(error)}{self._see()}") from error
+        kind = FailedForGood if isinstance(cause, FINAL_CAUSES) else JobFailed
+        raise kind(f"{self.name} failed: {plain_message(error)}{self._see()}") from error
 
     def _see(self) -> str:
         """Where to read on: the driver keeps the rest of every error in ``error.log``."""

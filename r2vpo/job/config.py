@@ -20,7 +20,16 @@ from r2vpo.job.settings import ConfigError, dump, leaves, load
 from replay.config import ReplayConfig
 from rollout.config import RolloutConfig, TaskConfig
 
-__all__ = ["ConfigError", "ModelConfig", "RayConfig", "RunConfig", "TrackingConfig", "load_config", "to_yaml"]
+__all__ = [
+    "ConfigError",
+    "ModelConfig",
+    "RayConfig",
+    "RunConfig",
+    "SupervisorConfig",
+    "TrackingConfig",
+    "load_config",
+    "to_yaml",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +103,29 @@ class RayConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SupervisorConfig:
+    """When a part of the run counts as dead, and how often it is started again."""
+
+    max_restarts: int = 3
+    """Restarts of one component within `window_s`; one failure more ends the run."""
+    window_s: float = 600.0
+    """Seconds after which a restart is forgotten."""
+    backoff_s: float = 1.0
+    """Seconds before a component's first restart; each further one within `window_s` waits twice as long."""
+    silent_s: float = 120.0
+    """Seconds without an answer after which a process, or without a token after which an engine, counts as dead."""
+    probe_every_s: float = 30.0
+    """Seconds between two proofs that an engine works: one token that it must generate."""
+
+    def __post_init__(self) -> None:
+        require.at_least("supervisor.max_restarts", self.max_restarts, 0)
+        require.positive("supervisor.window_s", self.window_s)
+        require.at_least("supervisor.backoff_s", self.backoff_s, 0.0)
+        require.positive("supervisor.silent_s", self.silent_s)
+        require.positive("supervisor.probe_every_s", self.probe_every_s)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything about one run."""
 
@@ -117,6 +149,8 @@ class RunConfig:
     """The learner group."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where metrics go."""
+    supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
+    """What becomes of parts that die."""
     ray: RayConfig = field(default_factory=RayConfig)
     """The Ray cluster."""
 

@@ -15,9 +15,12 @@ class ErrorLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.last = ""
+        """The last failure in one line."""
 
     def add(self, what: str, failure: BaseException | None) -> None:
         """Write down ``failure``. A disk that takes no more does not make it worse."""
+        self.last = f"{what}: {failure}".splitlines()[0] if failure is not None else what
         story = traceback.format_exception(failure) if failure is not None else []
         with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {what}\n{''.join(story)}\n")

@@ -1,85 +1,315 @@
-"""The rollout workers as the driver sees them: start, watch, ask, stop."""
+"""The rollout workers as the driver sees them: as many as are wanted, each replaced when it fails.
+
+    scale, drain ──▶ target ──reconcile──▶ place ──launch──▶ worker ──starts──▶ serves ──drained──▶ gone
+                                             ▲                  │ dies, hangs, or fails
+                                             └─────replaced─────┘
+
+A *place* is one worker that the run should have; who fills it has a name that is never given again, so that nothing a
+dead worker has left behind is taken for its successor's. Workers pull: nothing here hands them work. A worker that is
+gone gives its leases back at once, and its successor takes none before the canary has proven its weights.
+
+Consumes what `scale` and `drain` ask for, and the ends of workers; waits for either.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
-from r2vpo.job.cluster import Cluster
-from r2vpo.job.component import Component, together
-from r2vpo.job.config import RunConfig
-from r2vpo.job.links import ReplayLink, WeightLink
+from r2vpo.job.component import (
+    Component,
+    ComponentLost,
+    ComponentSilent,
+    FailedForGood,
+    JobFailed,
+    cancelled,
+    together,
+)
+from r2vpo.job.crew import DRAINING, SERVING, STARTING, Launcher, Worker
+from r2vpo.job.restarts import Restarts
+from r2vpo.job.settings import ConfigError
+from r2vpo.job.status import ComponentStatus
 from r2vpo.records import Evaluation, RolloutStats
-from rollout.actor import RolloutActor
-from rollout.environment import engine_environment
 
+HEARTBEAT_S = 2.0
+"""Between two questions to a worker what it does (seconds)."""
+STATS_S = 1.0
+"""Longest wait of a learner step for the workers' counts (seconds); who is later is counted with the next step."""
 STOP_TIMEOUT_S = 10.0
-"""Longest wait for the workers to end their engines (seconds)."""
+"""Longest wait for a worker to end its engine (seconds)."""
 EVALUATION_TIMEOUT_S = 3600.0
 """Longest time that an evaluation may take (seconds)."""
-TOLERANCE_EXACT = 1e-4
-"""Largest canary gap (nats) where engine and learner both compute in float32."""
-TOLERANCE_HALF = 5e-2
-"""Largest canary gap (nats) where one of them computes in bfloat16."""
+TRIES = 3
+"""Workers that may fail at one evaluation."""
+
+
+class Place:
+    """One worker that the run should have, whoever fills it."""
+
+    def __init__(self, number: int, worker: Worker) -> None:
+        self.number = number
+        self.worker = worker
+        self.task: asyncio.Task[None] | None = None
+        self.has_served = False
+        self.is_leaving = False
+
+    @property
+    def role(self) -> str:
+        """The name under which its failures are counted."""
+        return f"rollout worker {self.number}"
 
 
 class Fleet:
-    """All rollout workers. They pull: nothing here hands them work."""
+    """All rollout workers. ``start`` once, then ``keep`` as long as the run lasts."""
 
     def __init__(
-        self, config: RunConfig, cluster: Cluster, *, model_path: str, replay: ReplayLink, board: Component, logs: Path
+        self,
+        launcher: Launcher,
+        *,
+        workers: int,
+        replay: Component,
+        restarts: Restarts,
+        note: Callable[[str], None],
+        eval_prompts: int,
+        start_timeout_s: float,
+        silent_s: float,
     ) -> None:
-        self._config = config
-        environment = engine_environment(config.rollout, on_gpu=cluster.on_gpu)
-        if cluster.home is not None:
-            environment["VLLM_RPC_BASE_PATH"] = str(cluster.home)  # the sockets of a killed engine go with the folder
-        options = cluster.options(
-            config.rollout.num_cpus, config.rollout.num_gpus, gpus_each=config.rollout.tensor_parallel_size
-        )
-        self._arguments = {
-            "config": config.rollout,
-            "task": config.task,
-            "seed": config.seed,
-            "model_path": model_path,
-            "trust_remote_code": config.model.trust_remote_code,
-            "on_gpu": cluster.on_gpu,
-            "tolerance": TOLERANCE_EXACT if cluster.is_exact(config) else TOLERANCE_HALF,
-            "prompts": replay,
-            "groups": replay,
-            "weights": WeightLink(board),
-        }
-        make = RolloutActor.options(**options, runtime_env={"env_vars": environment})
-        names = [f"rollout-{i}" for i in range(config.rollout.workers)]
-        self.workers = [
-            Component(name=name, actor=make.remote(name, log_path=str(log)), log=log)
-            for name, log in ((name, logs / f"{name}.log") for name in names)
-        ]
-        """One component per worker."""
+        """``workers`` of them at first. ``note`` takes sentences for a person."""
+        self._launcher, self._replay, self._restarts, self._note = launcher, replay, restarts, note
+        self._eval_prompts, self._start_timeout_s, self._silent_s = eval_prompts, start_timeout_s, silent_s
+        self.target = workers
+        """Workers that the run should have."""
+        self._num_launched = self._num_places = 0
+        self._closed_nodes: set[str] = set()
+        self._places: list[Place] = []
+        self._changed = asyncio.Event()
+
+    # The life of the fleet
 
     async def start(self) -> None:
         """Start every engine; the first that fails, or is not up within ``rollout.start_timeout_s``, is named."""
-        timeout_s = self._config.rollout.start_timeout_s
-        await together(*(w.ask("start", within_s=timeout_s, **self._arguments) for w in self.workers))
+        self._places = [self._new_place() for _ in range(self.target)]
+        await together(*(self._start(place, within_s=self._start_timeout_s) for place in self._places))
 
-    def serve(self) -> list[asyncio.Task[NoReturn]]:
-        """Let every worker run; a task that ends only when its worker stops or fails."""
-        return [asyncio.create_task(worker.serve("run")) for worker in self.workers]
-
-    async def evaluate(self, *, version: int) -> Evaluation:
-        """Evaluate the weights of ``version`` on the first worker."""
-        return await self.workers[0].ask(
-            "evaluate",
-            version=version,
-            num_prompts=self._config.task.eval_prompts,
-            timeout_s=self._config.rollout.start_timeout_s,
-            within_s=EVALUATION_TIMEOUT_S,
-        )
-
-    async def stats(self) -> list[RolloutStats]:
-        """What every worker did so far."""
-        return await together(*(worker.ask("stats") for worker in self.workers))
+    async def keep(self) -> NoReturn:
+        """Let the workers serve, replace those that fail, and follow ``target``. ``JobFailed``: one did too often."""
+        try:
+            while True:
+                self._changed.clear()
+                self._reconcile()
+                tasks = [place.task for place in self._places if place.task is not None]
+                changed = asyncio.create_task(self._changed.wait())
+                await asyncio.wait({changed, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+                for place in [p for p in self._places if p.task is not None and p.task.done()]:
+                    self._places.remove(place)
+                    place.task.result()  # type: ignore[union-attr]
+        finally:
+            await cancelled(*(place.task for place in self._places if place.task is not None))
 
     async def stop(self) -> None:
         """Ask every worker to end its engine; those that do not answer in time are left to the end of Ray."""
-        await asyncio.gather(*(w.ask("stop", within_s=STOP_TIMEOUT_S) for w in self.workers), return_exceptions=True)
+        stops = (place.worker.component.ask("stop", within_s=STOP_TIMEOUT_S) for place in self._places)
+        await asyncio.gather(*stops, return_exceptions=True)
+
+    # What people ask for
+
+    def scale(self, workers: int) -> None:
+        """Have so many workers from now on; ``keep`` sees to it. ``ConfigError`` for fewer than one."""
+        if workers < 1:
+            raise ConfigError(f"cannot scale to {workers} rollout workers: the learner would wait forever; at least 1")
+        self.target = workers
+        self._changed.set()
+
+    def drain(self, name: str) -> str:
+        """Let a worker finish its groups and go, or all workers of a node (its id or host) and their like elsewhere.
+
+        Returns a sentence that says what happens. ``ConfigError`` if nobody is called so.
+        """
+        named = [place for place in self._places if place.worker.name == name and not place.is_leaving]
+        if named:
+            if self.target == 1:
+                raise ConfigError(f"{name} is the only rollout worker: scale up first, or stop the run")
+            self.target -= 1
+            self._leave(named[0])
+            return f"{name} finishes its groups and goes; {self.target} remain"
+        there = [p for p in self._places if name in (p.worker.node_id, p.worker.host) and name]
+        if not there:
+            known = ", ".join(place.worker.name for place in self._places)
+            hosts = ", ".join(sorted({place.worker.host for place in self._places if place.worker.host}))
+            raise ConfigError(f"no rollout worker or node is called {name}; workers: {known}; nodes: {hosts}")
+        self._closed_nodes |= {place.worker.node_id for place in there}
+        for place in there:
+            self._leave(place)
+        return f"{', '.join(p.worker.name for p in there)} leave node {name}; others take their place elsewhere"
+
+    # What the run asks for
+
+    async def stats(self) -> list[RolloutStats]:
+        """What every worker that has served did so far. One that does not answer at once is told of as last heard."""
+        asked = [place.worker.hear() for place in self._places if place.has_served and place.worker.answers]
+        if asked:
+            await asyncio.wait(asked, timeout=STATS_S)
+        for place in self._places:
+            place.worker.answers = not place.worker.is_asked
+        return [stats for place in self._places if (stats := place.worker.take_stats()) is not None]
+
+    def status(self) -> list[ComponentStatus]:
+        """Every worker, as it was when it last spoke."""
+        return [
+            place.worker.status(restarts=self._restarts.count(place.role), is_leaving=place.is_leaving)
+            for place in self._places
+        ]
+
+    async def evaluate(self, *, version: int) -> Evaluation:
+        """Evaluate the weights of ``version`` on a worker that serves, or on another if that one fails."""
+        for left in reversed(range(TRIES)):
+            worker = await self._serving()
+            try:
+                return await worker.component.ask(
+                    "evaluate",
+                    version=version,
+                    num_prompts=self._eval_prompts,
+                    timeout_s=self._start_timeout_s,
+                    within_s=EVALUATION_TIMEOUT_S,
+                )
+            except JobFailed as failure:
+                if failure.is_final or left == 0:
+                    raise
+                self._note(f"{failure}; evaluating again, on another worker")
+                worker.state = STARTING  # whatever it was doing, it is not asked again
+        raise AssertionError("the last try returns or raises")
+
+    # One place
+
+    async def _tend(self, place: Place) -> None:
+        """Whoever fills the place serves; who fails is replaced. Returns once the last one has been drained."""
+        while True:
+            try:
+                if place.worker.state == STARTING and not place.worker.is_up:
+                    await self._start(place, within_s=None)
+                await self._serve(place)
+                break
+            except JobFailed as failure:
+                if await self._give_up(place, failure):
+                    break
+        await self._end(place.worker)
+
+    async def _start(self, place: Place, *, within_s: float | None) -> None:
+        """Place the worker, which may wait for a machine, and start its engine, which may not wait."""
+        worker = place.worker
+        async with asyncio.timeout(within_s) as limit:
+            try:
+                await self._launcher.find(worker)
+                worker.say("starting its engine")
+                await worker.component.ask("start", within_s=self._start_timeout_s, **self._launcher.arguments)
+                await self._launcher.find(worker)  # with the engine's processes
+            except TimeoutError:
+                assert limit.expired()
+                raise ComponentSilent(f"{worker.name} was not up within {within_s:g} s: {worker.doing}") from None
+        worker.is_up = True
+
+    async def _serve(self, place: Place) -> None:
+        """Returns once the worker was drained; whatever else ends its service is a ``JobFailed``."""
+        worker = place.worker
+        worker.state, place.has_served = SERVING, True
+        works = [asyncio.create_task(work) for work in (worker.run(), self._listen(worker))]
+        try:
+            await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
+            for work in works:
+                if work.done():
+                    work.result()
+        finally:
+            await cancelled(*works)
+        if not place.is_leaving:
+            raise JobFailed(f"{worker.name} ended without being asked to")
+
+    async def _listen(self, worker: Worker) -> NoReturn:
+        """Hear from the worker again and again. ``ComponentSilent`` if it says nothing for too long."""
+        while True:
+            heard = worker.hear()
+            await asyncio.wait({heard}, timeout=self._silent_s)
+            if not heard.done():
+                raise ComponentSilent(f"{worker.name} has not answered for {self._silent_s:g} s")
+            heard.result()
+            worker.answers = True
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _give_up(self, place: Place, failure: JobFailed) -> bool:
+        """End who fills the place, and launch another. True if nobody is to fill it any more.
+
+        Raises what ends the run: a failure too many, or one that would come again.
+        """
+        old = place.worker
+        began_s = time.monotonic()
+        ended = asyncio.create_task(self._end(old, is_lost=isinstance(failure, ComponentLost)))
+        try:
+            if place.is_leaving:
+                return True
+            try:
+                pause_s = self._restarts.begin(place.role, failure, role="rollout", remedy="replacing it")
+            except FailedForGood as good:
+                if place.has_served or len(self._places) <= 1:
+                    raise
+                self.target = max(self.target - 1, 1)
+                self._note(f"{old.name}, which was added, does not start: {good}; the run goes on with {self.target}")
+                return True
+        finally:
+            await ended
+        await asyncio.sleep(max(pause_s - (time.monotonic() - began_s), 0.0))
+        place.worker = self._launch()
+        place.worker.last_error = str(failure)
+        return False
+
+    async def _end(self, worker: Worker, *, is_lost: bool = False) -> None:
+        """Let go of all that a worker holds; its processes are gone when this returns."""
+        worker.close()
+        if not is_lost:
+            with suppress(JobFailed):
+                await worker.component.ask("stop", within_s=STOP_TIMEOUT_S)
+        await self._launcher.end(worker)
+        with suppress(JobFailed):  # whoever watches the replay store says so
+            await self._replay.ask("release_worker", worker=worker.name)
+
+    def _reconcile(self) -> None:
+        """As many places as wanted: new ones, or the newest go."""
+        staying = [place for place in self._places if not place.is_leaving]
+        for _ in range(self.target - len(staying)):
+            self._places.append(self._new_place())
+        for place in staying[self.target :]:
+            self._leave(place)
+        for place in self._places:
+            if place.task is None:
+                place.task = asyncio.create_task(self._tend(place))
+
+    def _leave(self, place: Place) -> None:
+        place.is_leaving = True
+        worker = place.worker
+        if worker.state == SERVING:
+            worker.state = DRAINING
+            worker.drain()
+        elif place.task is not None:
+            place.task.cancel()
+            place.task = asyncio.create_task(self._end(worker))
+        self._changed.set()
+
+    async def _serving(self) -> Worker:
+        """A worker that serves; waits for one."""
+        while True:
+            for place in self._places:
+                if place.worker.state == SERVING and not place.is_leaving:
+                    return place.worker
+            await asyncio.sleep(HEARTBEAT_S / 4)
+
+    def _new_place(self) -> Place:
+        place = Place(self._num_places, self._launch())
+        self._num_places += 1
+        return place
+
+    def _launch(self) -> Worker:
+        worker = self._launcher.launch(f"rollout-{self._num_launched}", without=frozenset(self._closed_nodes))
+        self._num_launched += 1
+        return worker

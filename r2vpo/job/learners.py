@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from learner.actor import BoardActor, LearnerActor
 from r2vpo.job.cluster import Cluster
-from r2vpo.job.component import Component, together
+from r2vpo.job.component import Component, ComponentSilent, JobFailed, roll_call, together
 from r2vpo.job.config import RunConfig
+from r2vpo.job.processes import Families
+from r2vpo.job.status import ComponentStatus
 from r2vpo.records import BatchSource
 from rollout.tasks.factory import make_task
 
 START_TIMEOUT_S = 600.0
 """Longest time for the ranks to be placed, and again to meet and to load the model (seconds)."""
+PULSE_S = 1.0
+"""Between two looks at a rank (seconds)."""
+
+
+class LearnersLost(JobFailed):
+    """The group cannot go on, since a rank died, hangs or failed; another one can, from a checkpoint."""
+
+
+def make_board() -> Component:
+    """Where rollout workers find the weights; it outlives the learner groups."""
+    return Component(name="weight board", actor=BoardActor.remote())
 
 
 class Learners:
-    """Every call goes to all ranks at once; the answer is rank 0's. A rank that fails or dies fails the call."""
+    """Every call goes to all ranks at once; the answer is rank 0's. `LearnersLost` if a rank fails, dies or hangs."""
 
-    def __init__(self, config: RunConfig, cluster: Cluster, *, model_path: str, logs: Path) -> None:
-        self._timeout_s = config.learner.step_timeout_s
-        self.board = Component(name="weight board", actor=BoardActor.remote())
-        """Where rollout workers find the weights."""
+    def __init__(
+        self,
+        config: RunConfig,
+        cluster: Cluster,
+        *,
+        board: Component,
+        model_path: str,
+        logs: Path,
+        lineage: int = 0,
+    ) -> None:
+        """``lineage``: how many groups there were before in this run."""
+        self._timeout_s, self._silent_s = config.learner.step_timeout_s, config.supervisor.silent_s
+        self._board, self._lineage = board, lineage
+        self._families = Families()
+        self._pulses: dict[str, dict[str, Any]] = {}
         environment = {"OMP_NUM_THREADS": str(config.learner.omp_threads), "TOKENIZERS_PARALLELISM": "false"}
         if not cluster.on_gpu:
             environment["DS_ACCELERATOR"] = "cpu"
@@ -53,12 +80,19 @@ class Learners:
     async def start(self) -> dict[str, Any]:
         """Form the process group and build the engines; returns what rank 0 says of itself."""
         address, port = await self.ranks[0].ask("address", within_s=START_TIMEOUT_S)
+        for rank in self.ranks:
+            await self._families.find(rank, within_s=START_TIMEOUT_S)
         return await self._all("start", address, port, within_s=START_TIMEOUT_S)
+
+    async def watch(self) -> NoReturn:
+        """Look at every rank, whatever it works on: `LearnersLost` once one is dead or says nothing any more."""
+        await together(*(self._watch(rank) for rank in self.ranks))
+        raise AssertionError("ranks are watched until the run ends")
 
     async def publish(self) -> None:
         """Put the current weights into the object store and name them on the board."""
         manifest, refs = await self._all("publish")
-        await self.board.ask("post", manifest, refs)
+        await self._board.ask("post", replace(manifest, lineage=self._lineage), refs)
 
     async def train_step(self, batch: BatchSource) -> dict[str, float]:
         """One learner step on what every rank fetches for itself; returns its metrics."""
@@ -76,6 +110,43 @@ class Learners:
         """Write the model in Hugging Face format, in place of one that is there already."""
         await self._all("export", str(directory))
 
+    async def end(self) -> None:
+        """End all ranks at once, whatever they do."""
+        await asyncio.gather(*(self._families.end(rank) for rank in self.ranks))
+
+    def status(self, *, restarts: int, last_error: str) -> list[ComponentStatus]:
+        """Every rank, as it was when it last answered."""
+        return [self._status(rank, restarts, last_error) for rank in self.ranks]
+
+    def _status(self, rank: Component, restarts: int, last_error: str) -> ComponentStatus:
+        pulse = self._pulses.get(rank.name)
+        return ComponentStatus(
+            name=rank.name,
+            role="learner",
+            state="serving" if pulse else "starting",
+            doing=pulse["doing"] if pulse else "waiting for a machine, or loading the model",
+            since_s=pulse["since_s"] if pulse else time.time(),
+            restarts=restarts,
+            last_error=last_error,
+        )
+
+    async def _watch(self, rank: Component) -> NoReturn:
+        while True:
+            try:
+                self._pulses[rank.name] = await rank.ask("ping", within_s=self._silent_s)
+            except ComponentSilent as silence:
+                raise LearnersLost(f"{rank.name} has not answered for {self._silent_s:g} s") from silence
+            except JobFailed as failure:
+                raise LearnersLost(str(failure)) from failure
+            await asyncio.sleep(PULSE_S)
+
     async def _all(self, method: str, *arguments: Any, within_s: float | None = None) -> Any:
         within_s = within_s or self._timeout_s
-        return (await together(*(rank.ask(method, *arguments, within_s=within_s) for rank in self.ranks)))[0]
+        try:
+            return (await together(*(rank.ask(method, *arguments, within_s=within_s) for rank in self.ranks)))[0]
+        except JobFailed as failure:
+            # Whoever lost a partner may have spoken before the news of its death came.
+            deaths = await roll_call(self.ranks)
+            if not deaths and failure.is_final:
+                raise
+            raise LearnersLost("; ".join(map(str, deaths or [failure]))) from failure

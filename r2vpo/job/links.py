@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayError
 
 from r2vpo.job.component import ANSWER_S, Component, ComponentDied, JobFailed
-from r2vpo.records import BatchPlan, LeaseAnswer, SampledBatch, TrajectoryGroup, WeightManifest
+from r2vpo.records import BatchPlan, LeaseAnswer, SampledBatch, Stamp, TrajectoryGroup, WeightManifest
 from replay.errors import ReplayError
 from replay.rows import EncodedGroup, Rows, encode_group, shard_of_key
 from replay.serialize import decode
@@ -201,17 +201,17 @@ class WeightLink:
 
     board: Component
 
-    async def newest(self, *, after: int, timeout_s: float) -> WeightManifest | None:
+    async def newest(self, *, after: Stamp, timeout_s: float) -> WeightManifest | None:
         """See ``WeightSource.newest``."""
         return await self.board.ask("newest", after=after, timeout_s=timeout_s, within_s=timeout_s + ANSWER_S)
 
     async def fetch(self, manifest: WeightManifest) -> tuple[memoryview, ...]:
         """See ``WeightSource.fetch``."""
-        refs = await self.board.ask("references", manifest.version, passing=(LookupError,))
+        refs = await self.board.ask("references", manifest.stamp, passing=(LookupError,))
         try:
             async with asyncio.timeout(FETCH_S):
                 return tuple(memoryview(payload) for payload in await asyncio.gather(*refs))
-        except RayError as error:  # the learner owns them, and took them along
-            raise JobFailed(f"version {manifest.version} of the learner's weights is lost") from error
+        except RayError as error:  # the learner owns them, and took them along; the next one publishes anew
+            raise LookupError(f"version {manifest.version} of the learner's weights is lost") from error
         except TimeoutError:
             raise JobFailed(f"version {manifest.version} of the weights did not arrive within {FETCH_S:g} s") from None

@@ -18,19 +18,24 @@ UNSCORED_GROUPS = 16
 """Groups without enough verdicts after which the run says so, if they are the majority."""
 
 
+_Counts = tuple[int, int, float, float]
+"""Tokens, trajectories, busy and altogether seconds."""
+_NOTHING: _Counts = (0, 0, 0.0, 0.0)
+
+
 class StepMeter:
     """Turns running totals of the workers into rates per learner step."""
 
     def __init__(self) -> None:
         self._born_s = self._last_s = time.monotonic()
-        self._totals = (0, 0, 0.0, 0.0)
+        self._counted: dict[str, _Counts] = {}
         self.syncs: list[SyncRecord] = []
         """Every sync of every worker so far."""
 
     def start(self, workers: Sequence[RolloutStats]) -> None:
         """The learner's loop begins: the first step's clock, and what it counts of the workers, run from here."""
         self._last_s = time.monotonic()
-        self._totals = _totals(workers)
+        self._count(workers)
         self.add_syncs(workers)
 
     def measure(
@@ -39,9 +44,7 @@ class StepMeter:
         """Metrics of a step that has just ended, after the learner waited ``wait_s`` for its batch."""
         now_s = time.monotonic()
         step_s, self._last_s = now_s - self._last_s, now_s
-        totals = _totals(workers)
-        tokens, trajectories, busy_s, alive_s = (new - old for new, old in zip(totals, self._totals, strict=True))
-        self._totals = totals
+        tokens, trajectories, busy_s, alive_s = self._count(workers)
         new = self.add_syncs(workers)
         return {
             "step": step,
@@ -72,6 +75,17 @@ class StepMeter:
         self.syncs.extend(new)
         return new
 
+    def _count(self, workers: Sequence[RolloutStats]) -> _Counts:
+        """What the workers have done since they were last counted; who is new is counted from its beginning."""
+        now = {w.worker: (w.tokens, w.trajectories, w.busy_s, w.alive_s) for w in workers}
+        since = [
+            [new - old for new, old in zip(counts, self._counted.get(worker, _NOTHING), strict=True)]
+            for worker, counts in now.items()
+        ]
+        self._counted |= now
+        tokens, trajectories, busy_s, alive_s = (sum(column) for column in zip(*since, _NOTHING, strict=True))
+        return int(tokens), int(trajectories), busy_s, alive_s
+
 
 def outcomes_text(store: Mapping[str, Any]) -> str:
     """What became of all trajectories: ``12 scored, 4 timeout``."""
@@ -89,16 +103,6 @@ def stall_text(store: Mapping[str, Any], *, step: int, limit_s: float) -> str:
 def _lasting(sentence: str) -> str:
     """A sentence without the seconds that it counts: the same as long as the same thing is wrong."""
     return re.sub(r"\b\d+(\.\d+)? s\b", "… s", sentence)
-
-
-def _totals(workers: Sequence[RolloutStats]) -> tuple[int, int, float, float]:
-    """Tokens, trajectories, busy and altogether seconds of all workers since they began."""
-    return (
-        sum(w.tokens for w in workers),
-        sum(w.trajectories for w in workers),
-        sum(w.busy_s for w in workers),
-        sum(w.alive_s for w in workers),
-    )
 
 
 class Alarms:

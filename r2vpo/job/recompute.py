@@ -26,7 +26,7 @@ from r2vpo.job.component import plain_message, until_stop
 from r2vpo.job.config import RunConfig
 from r2vpo.job.differences import COARSE_ROUNDING, EXACT_ROUNDING
 from r2vpo.job.errorlog import ErrorLog
-from r2vpo.job.learners import Learners
+from r2vpo.job.learners import Learners, make_board
 from r2vpo.job.reaper import Reaper
 from r2vpo.job.settings import ConfigError
 from r2vpo.job.signals import StopRequest
@@ -116,7 +116,7 @@ class _Recomputation:
             config = _alone(segment.config)
             ranks = config.learner.ranks
             self._progress.phase(f"{ranks} learner rank{'' if ranks == 1 else 's'} from {self._plan.origin}")
-            learners = Learners(config, cluster, model_path=config.model.path, logs=self._scratch)
+            learners = Learners(config, cluster, board=make_board(), model_path=config.model.path, logs=self._scratch)
             started = await learners.start()
             if cluster.on_gpu or started["dtype"] != "float32":
                 self._rounding = COARSE_ROUNDING
@@ -135,8 +135,7 @@ class _Recomputation:
     async def _hand_over(self, learners: Learners, step: int) -> Path:
         """End a learner group; the next one, with other settings, goes on from the checkpoint that is returned."""
         await learners.save(self._scratch / "checkpoints")
-        for component in (learners.board, *learners.ranks):
-            ray.kill(component.actor)
+        await learners.end()
         return final_path(self._scratch / "checkpoints", step)
 
 

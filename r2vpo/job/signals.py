@@ -42,6 +42,10 @@ class StopRequest:
         """Whether the run was asked to end."""
         return self._event.is_set()
 
+    def set(self) -> None:
+        """Ask the run to end, as the first signal does."""
+        self._event.set()
+
     async def wait(self) -> None:
         """Return once the run is asked to end."""
         await self._event.wait()

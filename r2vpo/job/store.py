@@ -18,18 +18,22 @@ from typing import Any, NoReturn, Protocol
 
 import ray
 
-from r2vpo.job.component import Component, ComponentDied, JobFailed, together, until_stop
-from r2vpo.job.errorlog import ErrorLog
+from r2vpo.job.component import (
+    Component,
+    ComponentDied,
+    ComponentLost,
+    FailedForGood,
+    JobFailed,
+    together,
+    until_stop,
+)
 from r2vpo.job.links import APPEND_S, SCAN_S, ShardedBatch, ShardLink
+from r2vpo.job.restarts import Restarts
+from r2vpo.job.status import ComponentStatus
 from r2vpo.records import BatchPlan
 from replay.rows import by_shard
 from replay.schema import shard_file
 
-MAX_RESTARTS = 3
-"""Restarts of one shard within `WINDOW_S` seconds; if it takes more, something is wrong that these do not cure."""
-WINDOW_S = 600.0
-PAUSE_S = 2.0
-"""After a restart that failed (seconds): the kernel may still hold the dead process's lock."""
 GOODBYE_S = 10.0
 """Longest wait for each actor's last words when the run ends (seconds)."""
 
@@ -53,6 +57,14 @@ class Yard(Protocol):
         """The actor of a shard, on its file; it may still fail to open it."""
         ...
 
+    async def find(self, shard: Component) -> None:
+        """Wait until a shard has opened its file. ``JobFailed`` if it cannot."""
+        ...
+
+    async def end(self, shard: Component) -> None:
+        """End its process, also one that hangs: it lets go of the file."""
+        ...
+
 
 class Store:
     """Replay actor and shards as one object. ``watch`` must run as long as the store is used."""
@@ -65,19 +77,25 @@ class Store:
         shards: int,
         directory: Path,
         note: Callable[[str], None],
-        errors: ErrorLog,
-        clock: Callable[[], float] = time.monotonic,
+        restarts: Restarts,
+        silent_s: float,
     ) -> None:
-        """``directory`` is that of the store, on every node; ``note`` takes sentences for a person."""
+        """``directory`` is that of the store, on every node; ``note`` takes sentences for a person.
+
+        A shard that does not answer for ``silent_s`` seconds counts as dead.
+        """
         self.replay = replay
         """The replay actor."""
         self.num_shards = shards
-        self._yard, self._directory, self._note, self._errors, self._clock = yard, directory, note, errors, clock
+        self._yard, self._directory, self._note = yard, directory, note
+        self._restarts, self._silent_s = restarts, silent_s
+        self._since_s = dict.fromkeys(range(shards), time.time())
+        self.last_errors: dict[int, str] = {}
+        """Why each shard was last started again."""
         self._places: list[Node] = []
         self._actors: list[Component] = []
         self._there: dict[int, Component] = {}  # those attached
         self._changed = asyncio.Condition()
-        self._restarts_s: list[list[float]] = [[] for _ in range(shards)]
 
     async def start(self) -> None:
         """Start every shard where its file lies, and let the replay actor know them."""
@@ -87,7 +105,7 @@ class Store:
             self._yard.launch(shard, node, must_exist=shard in hosts) for shard, node in enumerate(self._places)
         ]
         # All files are open before one counts: what a shard has to say of its own is quickest to see.
-        await together(*(actor.ask("__ray_ready__", within_s=SCAN_S) for actor in self._actors))
+        await together(*(self._yard.find(actor) for actor in self._actors))
         await self.replay.ask("set_hosts", {shard: node.host for shard, node in enumerate(self._places)})
         await together(*(self._attach(shard) for shard in range(self.num_shards)))
 
@@ -136,9 +154,32 @@ class Store:
         """The run will not be resumed before ``step``."""
         await self.replay.ask("keep_from", step=step)
 
+    async def rewind(self, step: int) -> None:
+        """The learner goes on at ``step``: undo what it and later ones consumed, and take all leases back."""
+        await self.replay.ask("rewind", step=step, within_s=SCAN_S)
+
     async def stats(self) -> dict[str, Any]:
         """See ``ReplayService.stats``."""
         return await self.replay.ask("stats")
+
+    def status(self, stats: Mapping[str, Any]) -> list[ComponentStatus]:
+        """Every shard; ``stats`` is what `stats` answered last, or nothing of use."""
+        said = {shard["shard"]: shard for shard in stats.get("shards", ())}
+        return [self._status(shard, said.get(shard, {})) for shard in range(len(self._actors))]
+
+    def _status(self, shard: int, said: Mapping[str, Any]) -> ComponentStatus:
+        name = f"replay shard {shard}"
+        is_there = shard in self._there
+        return ComponentStatus(
+            name=name,
+            role="shard",
+            state="serving" if is_there else "restarting" if shard in self.last_errors else "starting",
+            doing=said.get("trouble") or f"{said.get('groups', 0)} groups, {said.get('pending', 0)} being written",
+            since_s=self._since_s[shard],
+            restarts=self._restarts.count(name),
+            last_error=self.last_errors.get(shard, ""),
+            node=self._places[shard].host,
+        )
 
     async def close(self) -> None:
         """Close all files; those that do not answer in time are left to the end of Ray."""
@@ -170,50 +211,44 @@ class Store:
     async def _keep(self, shard: int) -> NoReturn:
         while True:
             try:
-                await self._actors[shard].watch()
-            except ComponentDied as death:
-                await self._bring_back(shard, death)
+                await self._actors[shard].watch(silent_s=self._silent_s)
+            except ComponentLost as loss:
+                await self._bring_back(shard, loss)
 
     async def _bring_back(self, shard: int, failure: JobFailed) -> None:
         """Start the shard again until it works; raises the failure that came after the last restart allowed."""
         name = f"replay shard {shard}"
         self._there.pop(shard, None)
+        self._since_s[shard] = time.time()
         await self.replay.ask("detach", shard, "its process died and is being restarted")
         while True:
-            self._errors.add(f"{name} failed", failure)
-            count = self._count_restart(shard)
-            if count > MAX_RESTARTS:
-                raise JobFailed(
-                    f"{name} failed {count} times within {WINDOW_S / 60:g} min, at last so: {failure}; its file "
-                    f"{self._directory / shard_file(shard)} on {self._places[shard].host} has all that was stored"
-                ) from failure
-            what = f"{name} died" if isinstance(failure, ComponentDied) else str(failure)
-            self._note(f"{what}; restarting it on its file ({count} of {MAX_RESTARTS} within {WINDOW_S / 60:g} min)")
-            began_s = self._clock()
+            # One that hangs still holds its file.
+            await self._yard.end(self._actors[shard])
+            try:
+                pause_s = self._restarts.begin(name, failure, role="shard", remedy="restarting it on its file")
+            except FailedForGood as good:
+                file = f"{self._directory / shard_file(shard)} on {self._places[shard].host}"
+                raise FailedForGood(f"{good}; its file {file} has all that was stored") from good
+            self.last_errors[shard] = str(failure)
+            await asyncio.sleep(pause_s)
+            began_s = time.monotonic()
             try:
                 self._actors[shard] = self._yard.launch(shard, self._places[shard], must_exist=True)
                 await self._attach(shard)
             except JobFailed as again:
                 failure = again
-                await asyncio.sleep(PAUSE_S)
             else:
-                self._note(f"{name} is back after {self._clock() - began_s:.1f} s")
+                self._note(f"{name} is back after {time.monotonic() - began_s:.1f} s")
                 return
 
     async def _attach(self, shard: int) -> None:
         actor = self._actors[shard]
-        await actor.ask("__ray_ready__", within_s=SCAN_S)
+        await self._yard.find(actor)
         await self.replay.ask("attach", shard, ShardLink(actor), within_s=SCAN_S)
         async with self._changed:
             self._there[shard] = actor
+            self._since_s[shard] = time.time()
             self._changed.notify_all()
-
-    def _count_restart(self, shard: int) -> int:
-        """Restarts of the shard within the window, this one included."""
-        now_s = self._clock()
-        recent_s = [at_s for at_s in self._restarts_s[shard] if now_s - at_s < WINDOW_S]
-        self._restarts_s[shard] = [*recent_s, now_s]
-        return len(recent_s) + 1
 
 
 def place_shards(shards: int, nodes: Sequence[Node], hosts: Mapping[int, str], directory: Path) -> list[Node]:

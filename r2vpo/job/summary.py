@@ -30,6 +30,7 @@ def summarise(
     evaluations: Mapping[str, Evaluation],
     store: Mapping[str, Any],
     syncs: Sequence[SyncRecord],
+    restarts: Mapping[str, int],
 ) -> dict[str, Any]:
     """The content of summary.json: nested objects, so that ``eval.before.accuracy`` is a path. Unknown is null.
 
@@ -43,6 +44,7 @@ def summarise(
             ``outcomes`` by type; where known also ``uses`` by kind, ``no_signal``, ``held_bytes``, ``shards`` and the
             ``unusable`` groups by reason.
         syncs: every weight load of every worker. Version 0, the initial weights, counts only for the canary.
+        restarts: parts that were started again, by role, since the command was given.
     """
     trained_tokens = sum(_column(steps, "train/tokens"))
     train_s = sum(_column(steps, "time/step_s"))
@@ -80,6 +82,7 @@ def summarise(
             "second_moment_max": max(_column(steps, "dual/second_moment_max"), default=None),
         },
         "outcomes": dict(store["outcomes"]),
+        "restarts": {role: restarts.get(role, 0) for role in ("rollout", "learner", "shard", "job")},
         "throughput": {
             "trajectories_per_s": _share(store["trajectories"], train_s),
             "tokens_per_s": _share(store["sampled_tokens"], train_s),

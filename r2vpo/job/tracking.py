@@ -43,7 +43,7 @@ class Tracker:
             resume_step: the first step that this process will write; what an earlier one wrote from there on is undone.
             note: takes a sentence for the user, such as ``View.note``; at most one per state of W&B.
         """
-        self._note = note
+        self._note, self._path = note, run.metrics
         keep_until(run.metrics, resume_step)
         self._file = run.metrics.open("a", encoding="utf-8")
         self._mirror = None if config.tracking.wandb == "off" else Mirror(config, run)
@@ -54,6 +54,12 @@ class Tracker:
         self._file.write(json.dumps(jsonable(metrics), ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
         self._tell()
+
+    def go_back(self, step: int) -> None:
+        """``step`` is the next one to be written, once more; what was written from there on is undone."""
+        self._file.close()
+        keep_until(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def close(self, *, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Write no more; W&B gets ``timeout_s`` seconds to take over the rest. May be called twice."""

@@ -10,8 +10,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from r2vpo.job.component import Component, JobFailed
 from r2vpo.job.config import RunConfig
-from r2vpo.job.errorlog import ErrorLog
-from r2vpo.job.links import ListenerLink
+from r2vpo.job.links import SCAN_S, ListenerLink
+from r2vpo.job.processes import Families
+from r2vpo.job.restarts import Restarts
 from r2vpo.job.store import Node, Store
 from replay.actor import ReplayActor, ShardActor
 from replay.schema import shard_file
@@ -23,6 +24,7 @@ class RayYard:
 
     def __init__(self, replay: Component, *, shards: int, directory: Path) -> None:
         self._replay, self._num_shards, self._directory = replay, shards, directory
+        self._families = Families()
 
     def nodes(self) -> list[Node]:
         """Those alive."""
@@ -44,9 +46,17 @@ class RayYard:
         )
         return Component(name=f"replay shard {shard}", actor=actor)
 
+    async def find(self, shard: Component) -> None:
+        """See ``Yard.find``."""
+        await self._families.find(shard, within_s=SCAN_S)
+
+    async def end(self, shard: Component) -> None:
+        """See ``Yard.end``."""
+        await self._families.end(shard)
+
 
 def make_store(
-    config: RunConfig, directory: Path, *, resume_step: int | None, note: Callable[[str], None], errors: ErrorLog
+    config: RunConfig, directory: Path, *, resume_step: int | None, note: Callable[[str], None], restarts: Restarts
 ) -> Store:
     """The store of a run below ``directory``, a disk of this node; none of its actors works yet."""
     actor = ReplayActor.options(scheduling_strategy=_pinned(ray.get_runtime_context().get_node_id())).remote(
@@ -61,7 +71,15 @@ def make_store(
     replay = Component(name="replay store", actor=actor)
     shards = config.replay.shards
     yard = RayYard(replay, shards=shards, directory=directory)
-    return Store(replay, yard, shards=shards, directory=directory, note=note, errors=errors)
+    return Store(
+        replay,
+        yard,
+        shards=shards,
+        directory=directory,
+        note=note,
+        restarts=restarts,
+        silent_s=config.supervisor.silent_s,
+    )
 
 
 def _pinned(node_id: str) -> NodeAffinitySchedulingStrategy:

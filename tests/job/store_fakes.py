@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from r2vpo.job.component import Component
+from r2vpo.job.config import SupervisorConfig
 from r2vpo.job.errorlog import ErrorLog
 from r2vpo.job.links import ShardLink
+from r2vpo.job.restarts import Restarts
 from r2vpo.job.store import Node, Store
 from r2vpo.records import BatchPlan, Draw, Kind
 from replay.rows import EncodedGroup
 from tests.job.fakes import Actor, Served
 
+MAX_RESTARTS, WINDOW_S = 3, 600.0
 HERE = Node(id="n0", host="here")
 THERE = Node(id="n1", host="there")
 
@@ -96,6 +99,7 @@ class FakeYard:
         self.launched: list[tuple[int, str, bool]] = []
         self.actors: dict[int, Served] = {}
         self.broken: list[Exception | None] = []
+        self.ended: list[str] = []
 
     def nodes(self) -> list[Node]:
         return list(self._nodes)
@@ -107,6 +111,12 @@ class FakeYard:
             return Component(name=name, actor=Actor(error))
         self.actors[shard] = Served(FakeShard(self.files.setdefault(shard, {}), self.damaged))
         return Component(name=name, actor=self.actors[shard])
+
+    async def find(self, shard: Component) -> None:
+        await shard.ask("__ray_ready__")
+
+    async def end(self, shard: Component) -> None:
+        self.ended.append(shard.name)
 
 
 class Room:
@@ -123,8 +133,13 @@ class Room:
             shards=shards,
             directory=folder,
             note=self.notes.append,
-            errors=ErrorLog(folder / "error.log"),
-            clock=lambda: self.now_s,
+            restarts=Restarts(
+                SupervisorConfig(backoff_s=0.0, max_restarts=MAX_RESTARTS, window_s=WINDOW_S),
+                note=self.notes.append,
+                errors=ErrorLog(folder / "error.log"),
+                clock=lambda: self.now_s,
+            ),
+            silent_s=60.0,
         )
 
 

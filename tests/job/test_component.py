@@ -7,6 +7,7 @@ from ray.exceptions import ActorDiedError, RayActorError
 
 from r2vpo.job.component import (
     ComponentDied,
+    ComponentSilent,
     JobFailed,
     cancelled,
     plain_message,
@@ -52,12 +53,22 @@ async def test_an_actor_that_does_not_answer_is_named_with_what_it_was_asked():
 async def test_an_error_about_a_third_component_keeps_its_name():
     told = remote(ComponentDied("replay store died"))
     with pytest.raises(ComponentDied, match=r"^replay store died$"):
-        await component(told, "rollout-0").serve("run")
+        await component(told, "rollout-0").ask("run")
 
 
-async def test_a_service_that_ends_by_itself_is_a_failure():
-    with pytest.raises(JobFailed, match=r"^rollout-0 ended without being asked to"):
-        await component(None, "rollout-0").serve("run")
+@pytest.mark.parametrize(
+    ("cause", "is_final"),
+    [(ValueError("x"), True), (TypeError("x"), True), (RuntimeError("x"), False), (OSError("x"), False)],
+)
+async def test_what_would_be_raised_again_is_told_from_what_another_start_may_cure(cause, is_final):
+    with pytest.raises(JobFailed) as caught:
+        await component(remote(cause)).ask("step")
+    assert caught.value.is_final is is_final
+
+
+async def test_a_process_that_hangs_is_told_from_one_that_is_gone():
+    with pytest.raises(ComponentSilent, match=r"^learner-0 has not answered for 0\.01 s; see"):
+        await component(asyncio.Event()).watch(silent_s=0.01)
 
 
 async def test_a_watch_lasts_until_the_process_is_gone():

@@ -136,10 +136,10 @@ def test_payloads_that_do_not_arrive_fail_the_step_with_a_sentence(monkeypatch):
         batch.fetch()
 
 
-async def test_superseded_weights_stay_a_lookup_error_and_lost_ones_are_no_fault_of_the_board():
+async def test_weights_that_are_superseded_or_went_with_their_learner_are_looked_for_again():
     manifest = WeightManifest(version=3, buckets=(), canary=Canary(token_ids=(1,), logprobs=()))
     with pytest.raises(LookupError):
         await WeightLink(component(remote(LookupError(3)), "weight board", None)).fetch(manifest)
     lost = [Method(ActorDiedError()).remote()]
-    with pytest.raises(JobFailed, match=r"^version 3 of the learner's weights is lost"):
+    with pytest.raises(LookupError, match=r"^version 3 of the learner's weights is lost"):
         await WeightLink(component(lost, "weight board", None)).fetch(manifest)

@@ -6,18 +6,17 @@ from collections.abc import AsyncIterator
 import pytest
 from ray.exceptions import RayActorError
 
-from r2vpo.job import component, store
+from r2vpo.job import component
 from r2vpo.job.component import JobFailed, cancelled
 from r2vpo.job.links import ShardedBatch
-from r2vpo.job.store import MAX_RESTARTS, WINDOW_S, Node, place_shards
+from r2vpo.job.store import Node, place_shards
 from r2vpo.records import BatchPlan
-from tests.job.store_fakes import HERE, THERE, Room, plan
+from tests.job.store_fakes import HERE, MAX_RESTARTS, THERE, WINDOW_S, Room, plan
 
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch):
     monkeypatch.setattr(component, "WATCH_S", 0.0)
-    monkeypatch.setattr(store, "PAUSE_S", 0.0)
 
 
 @pytest.fixture
@@ -187,7 +186,7 @@ async def test_a_commit_waits_for_a_full_disk_until_there_is_room(room):
 
 
 async def test_a_run_that_is_stopped_does_not_wait_for_a_full_disk(room, monkeypatch):
-    monkeypatch.setattr(store, "GOODBYE_S", 0.0)
+    monkeypatch.setattr("r2vpo.job.store.GOODBYE_S", 0.0)
     stop = asyncio.Event()
     stop.set()
     with pytest.raises(JobFailed, match=r"^step 3 was still waiting to be recorded .* --resume goes on from"):

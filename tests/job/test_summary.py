@@ -65,6 +65,7 @@ def test_the_summary_redone_by_hand(config):
         evaluations={"before": before, "after": after},
         store=STORE,
         # the load of version 0 pauses nothing that matters, but its canary counts
+        restarts={"rollout": 2},
         syncs=[sync(0, 9.0, 5e-6), sync(1, 0.02, 1e-6), sync(2, 0.04, 2e-6)],
     )
     assert summary == {
@@ -91,6 +92,7 @@ def test_the_summary_redone_by_hand(config):
         "sync": {"count": 2, "pause_s_p50": 0.03, "pause_s_max": 0.04, "canary_gap_max": 5e-6},
         "dual": {"lambda": 0.6, "second_moment": 0.02, "second_moment_max": 0.02},
         "outcomes": STORE["outcomes"],
+        "restarts": {"rollout": 2, "learner": 0, "shard": 0, "job": 0},
         "throughput": {"trajectories_per_s": 80 / 4, "tokens_per_s": 1200 / 4},
         "learner": {"idle_fraction": (0.5 + 0.5) / 4},
         "rollout": {"idle_fraction": pytest.approx((0.0 * 1 + 0.4 * 3) / 4)},
@@ -107,6 +109,7 @@ def test_a_run_that_ended_before_its_first_step_has_a_summary(config):
         wall_s=1.0,
         evaluations={"before": nothing},
         store=store,
+        restarts={"rollout": 2},
         syncs=[sync(0, 0.1, math.inf)],
     )
     json.dumps(summary, allow_nan=False)
@@ -123,7 +126,7 @@ def test_the_first_evaluation_of_a_run_is_read_back_from_its_summary(config, tmp
     assert earlier_evaluations(path) == {}
     for evaluations in ({}, {"before": Evaluation(version=0, accuracy=0.4, greedy_accuracy=0.5, num_prompts=64)}):
         summary = summarise(
-            config, steps=[], status="running", wall_s=0.0, evaluations=evaluations, store=STORE, syncs=[]
+            config, steps=[], status="running", wall_s=0.0, evaluations=evaluations, store=STORE, syncs=[], restarts={}
         )
         path.write_text(json.dumps(summary))
         assert earlier_evaluations(path) == evaluations

@@ -616,3 +616,65 @@ async def test_a_worker_that_asks_again_ends_its_earlier_ask(start):
     assert (await earlier).leases == ()
     assert "asked again" in (await earlier).reason
     assert len(later.leases) == 1
+
+
+async def test_a_rewind_makes_the_consumed_groups_fresh_again_and_takes_all_leases_back(start):
+    service = await start(groups_per_step=1, max_lag=2, steps=9)
+    keys = [(await answer(service))[0]]
+    await train(service, 0)
+    keys += await answer(service, version=1)
+    await train(service, 1)
+    old = (await lease(service, version=2)).leases[0]
+    await service.rewind(step=1)
+    stats = await service.stats()
+    assert (stats["version"], stats["in_flight"], stats["fresh_waiting"]) == (1, 0, 1)
+    batch = await train(service, 1)
+    assert [group.group.key for group in batch.groups] == [keys[1]]
+    again = (await lease(service, version=1, worker="r1")).leases[0]
+    assert again.key == old.key
+
+
+async def test_after_a_rewind_groups_of_versions_that_were_undone_are_never_drawn(start):
+    service = await start(groups_per_step=1, max_lag=2, steps=9)
+    for step in range(2):
+        await answer(service, version=step)
+        await train(service, step)
+    late = (await lease(service, version=2)).leases[0]
+    await answer(service, version=2, worker="r1")
+    await service.rewind(step=1)
+    await service.append(make_group(late.key, version=2))
+    stats = await service.stats()
+    assert stats["unusable"]["ahead"] == 2
+    assert stats["fresh_waiting"] == 1
+
+
+async def test_a_rewind_ends_the_questions_of_workers_and_a_batch_that_was_chosen(start):
+    service = await start(groups_per_step=1, max_lag=0)
+    await answer(service)
+    await train(service, 0)
+    await answer(service, version=1)
+    assert await service.sample(step=1, timeout_s=SOON) is not None
+    asking = asyncio.create_task(lease(service, version=1, timeout_s=LONG))
+    await waits_of(service, "r0")
+    await service.rewind(step=0)
+    assert (await asking).reason == "the worker has asked again since"
+    batch = await service.sample(step=0, timeout_s=SOON)
+    assert [group.group_id for group in batch.groups] == [1]
+
+
+async def test_a_rewind_beyond_what_was_committed_is_refused(start):
+    service = await start(groups_per_step=1)
+    with pytest.raises(ValueError, match="knows 0 committed steps and cannot go on at step 1"):
+        await service.rewind(step=1)
+
+
+async def test_a_rewind_with_a_shard_away_is_complete_once_the_shard_is_back(start):
+    service = await start(groups_per_step=1, max_lag=2, shards=2, steps=9)
+    keys = await answer(service, count=1)
+    await train(service, 0)
+    await service.detach(0)
+    await service.rewind(step=0)
+    assert (await lease(service)).leases == ()
+    await service.attach(0)
+    batch = await service.sample(step=0, timeout_s=SOON)
+    assert [group.group.key for group in batch.groups] == keys

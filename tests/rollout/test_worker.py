@@ -131,6 +131,54 @@ async def test_stop_returns_the_leases_in_flight_and_appends_nothing(world):
     assert world.worker.stats().waits_for == "nothing: it has stopped"
 
 
+async def test_a_drained_worker_finishes_its_groups_takes_no_more_and_ends(world):
+    world.engine.gate.clear()
+    await world.start(1)
+    await until(lambda: len(world.engine.requests) == 1)
+    world.worker.drain()
+    await settle()
+    await world.store.grant(2)
+    await settle()
+    assert not world.run.done()
+    assert world.worker.stats().waits_for == "the end of its last groups"
+    world.engine.gate.set()
+    await world.ended()
+    assert [group.key for group in world.store.groups] == ["0.1"]
+    assert world.store.released == []
+
+
+async def test_an_idle_worker_that_is_drained_ends_at_once(world):
+    await world.start()
+    await until(lambda: world.store.asks)
+    world.worker.drain()
+    await world.ended()
+
+
+async def test_an_engine_that_generates_no_token_ends_the_worker_although_its_processes_live(world):
+    world.engine.gate.clear()
+    await world.start(1)
+    await until(lambda: len(world.engine.probes) >= 2)
+    assert set(world.engine.probes) == {5.0}
+    assert not world.run.done()
+    world.engine.is_wedged = True
+    with pytest.raises(EngineFailed, match="no token for 5 s"):
+        await world.ended()
+    assert world.store.released == ["0.1"]
+
+
+async def test_a_learner_that_went_back_makes_the_worker_drop_what_it_sampled_and_take_the_older_version(world):
+    world.engine.gate.clear()
+    await world.start(1, version=7)
+    await until(lambda: len(world.engine.requests) == 1)
+    await world.weights.publish(5, lineage=1)
+    await until(lambda: world.worker.stats().version == 5)
+    assert world.store.released == ["0.1"]
+    assert world.store.groups == []
+    await world.weights.publish(6, lineage=1)
+    await until(lambda: world.worker.stats().version == 6)
+    assert [version for version, _ in world.engine.loads] == [7, 5, 6]
+
+
 async def test_what_fails_while_the_worker_is_stopped_is_no_failure(world):
     broken = asyncio.Event()
 

@@ -16,6 +16,7 @@ from r2vpo.records import (
     Lease,
     LeaseAnswer,
     Outcome,
+    Stamp,
     TensorSpec,
     TrajectoryGroup,
     WeightManifest,
@@ -78,6 +79,8 @@ class FakeEngine:
         self.is_paused = False
         self.error: Exception | None = None
         self.dead = asyncio.Event()
+        self.probes: list[float] = []
+        self.is_wedged = False
 
     async def generate(self, prompt_token_ids: Sequence[int], **settings) -> list[Completion]:
         self.requests.append({"prompt": list(prompt_token_ids), **settings})
@@ -114,6 +117,12 @@ class FakeEngine:
     async def watch(self) -> NoReturn:
         await self.dead.wait()
         raise EngineFailed("dead")
+
+    async def probe(self, timeout_s: float) -> float:
+        self.probes.append(timeout_s)
+        if self.is_wedged:
+            raise EngineFailed(f"no token for {timeout_s:g} s")
+        return 0.0
 
     @asynccontextmanager
     async def paused(self):
@@ -174,7 +183,7 @@ class FakeWeights:
         self.damaged = False
         self.changed = asyncio.Condition()
 
-    async def publish(self, version: int) -> None:
+    async def publish(self, version: int, *, lineage: int = 0) -> None:
         payload = str(version).encode()
         spec = BucketSpec(
             tensors=(TensorSpec(name="w", dtype="float32", shape=(1,)),),
@@ -182,12 +191,12 @@ class FakeWeights:
             checksum=checksum(payload),
         )
         async with self.changed:
-            self.manifest = WeightManifest(version=version, buckets=(spec,), canary=CANARY)
+            self.manifest = WeightManifest(version=version, lineage=lineage, buckets=(spec,), canary=CANARY)
             self.changed.notify_all()
 
-    async def newest(self, *, after: int, timeout_s: float) -> WeightManifest | None:
+    async def newest(self, *, after: Stamp, timeout_s: float) -> WeightManifest | None:
         async with self.changed:
-            await self.changed.wait_for(lambda: self.manifest is not None and self.manifest.version > after)
+            await self.changed.wait_for(lambda: self.manifest is not None and self.manifest.stamp > after)
         return self.manifest
 
     async def fetch(self, manifest: WeightManifest) -> tuple[memoryview, ...]:
@@ -227,6 +236,8 @@ class World:
             groups=self.store,
             weights=self.weights,
             sync=WeightSync(self.engine, worker="rollout-0", tolerance=1e-4),
+            probe_every_s=0.01,
+            silent_s=5.0,
         )
         self.run = asyncio.create_task(self.worker.run())
 

@@ -1,0 +1,180 @@
+"""One rollout worker as the driver sees it, and where it is made."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+
+from r2vpo.job.cluster import Cluster
+from r2vpo.job.component import Component
+from r2vpo.job.config import RunConfig
+from r2vpo.job.links import ReplayLink, WeightLink
+from r2vpo.job.processes import Families
+from r2vpo.job.status import ComponentStatus
+from r2vpo.records import NO_VERSION, RolloutStats, SyncRecord
+from rollout.actor import RolloutActor
+from rollout.environment import engine_environment
+
+STARTING, SERVING, DRAINING = "starting", "serving", "draining"
+TOLERANCE_EXACT = 1e-4
+"""Largest canary gap (nats) where engine and learner both compute in float32."""
+TOLERANCE_HALF = 5e-2
+"""Largest canary gap (nats) where one of them computes in bfloat16."""
+
+
+class Worker:
+    """A rollout worker and what was last heard of it."""
+
+    def __init__(self, name: str, component: Component) -> None:
+        self.name = name
+        self.component = component
+        self.state, self.doing, self.since_s = STARTING, "waiting for a machine", time.time()
+        self.is_up = False
+        """Whether its engine has started."""
+        self.answers = True
+        """False while a question of `hear` waits longer than it should."""
+        self.node_id = self.host = ""
+        self.last_error = ""
+        """How the one before it in its place ended."""
+        self._heard: RolloutStats | None = None
+        self._new_syncs: list[SyncRecord] = []
+        self._asking: asyncio.Task[None] | None = None
+        self._drains: asyncio.Task[None] | None = None
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a question waits for its answer."""
+        return self._asking is not None and not self._asking.done()
+
+    def say(self, doing: str) -> None:
+        """What it does, for people."""
+        if doing != self.doing:
+            self.doing, self.since_s = doing, time.time()
+
+    async def run(self) -> None:
+        """Let it serve; returns when it ends. ``JobFailed`` if it fails."""
+        await self.component.ask("run", within_s=None)
+
+    def drain(self) -> None:
+        """Ask it to finish; whether it hears is seen by the end of `run`, and whether it lives by `hear`."""
+        self.say("finishing its groups")
+        self._drains = asyncio.create_task(self.component.ask("drain"))
+        self._drains.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    def hear(self) -> asyncio.Task[None]:
+        """Ask what it did; a question that waits for its answer is not asked twice. Its errors are those of ``ask``."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._hear())
+            self._asking.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self._asking
+
+    def take_stats(self) -> RolloutStats | None:
+        """What was last heard, each sync once; None before the first word."""
+        if self._heard is None:
+            return None
+        syncs, self._new_syncs = tuple(self._new_syncs), []
+        return replace(self._heard, new_syncs=syncs)
+
+    def status(self, *, restarts: int, is_leaving: bool) -> ComponentStatus:
+        """As a line of ``r2vpo status``; ``restarts`` are those of its place."""
+        heard = self._heard
+        return ComponentStatus(
+            name=self.name,
+            role="rollout",
+            state=DRAINING if is_leaving else self.state,
+            doing=self.doing,
+            since_s=self.since_s,
+            restarts=restarts,
+            last_error=self.last_error,
+            version=heard.version if heard and heard.version != NO_VERSION else None,
+            in_flight=heard.in_flight if heard else None,
+            node=self.host,
+        )
+
+    def close(self) -> None:
+        """Ask no more."""
+        if self._asking is not None:
+            self._asking.cancel()
+
+    async def _hear(self) -> None:
+        heard = await self.component.ask("stats", within_s=None)
+        self._heard = heard
+        self._new_syncs += heard.new_syncs
+        if self.state == SERVING:
+            self.say(heard.waits_for or f"generating {heard.in_flight} groups")
+
+
+class Launcher(Protocol):
+    """Where rollout workers are made, and ended."""
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """What ``RolloutActor.start`` takes."""
+        ...
+
+    def launch(self, name: str, *, without: frozenset[str]) -> Worker:
+        """A new actor, on none of the nodes ``without``; it may wait long for its place."""
+        ...
+
+    async def find(self, worker: Worker) -> None:
+        """Learn where it is, and which processes are its own; waits until it has a machine. ``JobFailed``: it died."""
+        ...
+
+    async def end(self, worker: Worker) -> None:
+        """End its processes."""
+        ...
+
+
+class RayLauncher:
+    """Rollout actors in the Ray cluster that this process is connected to."""
+
+    def __init__(
+        self, config: RunConfig, cluster: Cluster, *, model_path: str, replay: ReplayLink, board: Component, logs: Path
+    ) -> None:
+        environment = engine_environment(config.rollout, on_gpu=cluster.on_gpu)
+        if cluster.home is not None:
+            environment["VLLM_RPC_BASE_PATH"] = str(cluster.home)  # the sockets of a killed engine go with the folder
+        options = cluster.options(
+            config.rollout.num_cpus, config.rollout.num_gpus, gpus_each=config.rollout.tensor_parallel_size
+        )
+        self._options = {**options, "runtime_env": {"env_vars": environment}}
+        self._logs = logs
+        self.arguments: Mapping[str, Any] = {
+            "config": config.rollout,
+            "task": config.task,
+            "seed": config.seed,
+            "model_path": model_path,
+            "trust_remote_code": config.model.trust_remote_code,
+            "on_gpu": cluster.on_gpu,
+            "tolerance": TOLERANCE_EXACT if cluster.is_exact(config) else TOLERANCE_HALF,
+            "prompts": replay,
+            "groups": replay,
+            "weights": WeightLink(board),
+            "probe_every_s": config.supervisor.probe_every_s,
+            "silent_s": config.supervisor.silent_s,
+        }
+        """See ``Launcher.arguments``."""
+        self._families = Families()
+
+    def launch(self, name: str, *, without: frozenset[str]) -> Worker:
+        """See ``Launcher.launch``."""
+        elsewhere = {"label_selector": {"ray.io/node-id": f"!in({','.join(sorted(without))})"}} if without else {}
+        log = self._logs / f"{name}.log"
+        actor = RolloutActor.options(**self._options, **elsewhere).remote(name, log_path=str(log))
+        return Worker(name, Component(name=name, actor=actor, log=log))
+
+    async def find(self, worker: Worker) -> None:
+        """See ``Launcher.find``."""
+        worker.node_id = (await self._families.find(worker.component, within_s=None)).node_id
+        hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+        worker.host = hosts.get(worker.node_id, "")
+
+    async def end(self, worker: Worker) -> None:
+        """See ``Launcher.end``."""
+        await self._families.end(worker.component)

@@ -1,0 +1,57 @@
+"""How often a component may be started again, and how long to wait before."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from r2vpo.job.component import ComponentDied, FailedForGood, JobFailed
+from r2vpo.job.config import SupervisorConfig
+from r2vpo.job.errorlog import ErrorLog
+
+
+class Restarts:
+    """Counts restarts by component, within a window of time."""
+
+    def __init__(
+        self,
+        config: SupervisorConfig,
+        *,
+        note: Callable[[str], None],
+        errors: ErrorLog,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``note`` takes sentences for a person, ``errors`` the whole story of each failure."""
+        self._config, self._note, self._errors, self._clock = config, note, errors, clock
+        self._times_s: dict[str, list[float]] = {}
+        self.totals: Counter[str] = Counter()
+        """Restarts of the whole run, by role: ``rollout``, ``learner``, ``shard``, ``job``."""
+
+    def count(self, component: str) -> int:
+        """Restarts of ``component`` within the window up to now."""
+        now_s = self._clock()
+        recent_s = [at_s for at_s in self._times_s.get(component, ()) if now_s - at_s < self._config.window_s]
+        self._times_s[component] = recent_s
+        return len(recent_s)
+
+    def begin(self, component: str, failure: JobFailed, *, role: str, remedy: str) -> float:
+        """Say that ``component`` failed and what is done about it; returns the seconds to wait first.
+
+        ``FailedForGood`` if it has failed too often, or would fail in the same way again.
+        """
+        self._errors.add(f"{component} failed", failure)
+        if failure.is_final:
+            raise failure
+        number = self.count(component) + 1
+        window = f"{self._config.window_s / 60:g} min"
+        if number > self._config.max_restarts:
+            raise FailedForGood(
+                f"{component} failed {number} times within {window}, at last so: {failure}"
+            ) from failure
+        self._times_s[component].append(self._clock())
+        self.totals[role] += 1
+        # Where to read on about a death is not worth a line: there is nothing to read.
+        what = str(failure).partition(":")[0] if isinstance(failure, ComponentDied) else str(failure)
+        self._note(f"{what}; {remedy} ({number} of {self._config.max_restarts} within {window})")
+        return self._config.backoff_s * 2 ** (number - 1)

@@ -327,8 +327,8 @@ class WeightManifest:
 class PromptSource(Protocol):
     """Hands out prompts to generate, and takes them back."""
 
-    async def lease(self, *, worker: str, version: int, count: int, timeout_s: float) -> LeaseAnswer:
-        """Up to ``count`` leases for a worker that holds ``version``; waits at most ``timeout_s`` for the first."""
+    async def lease(self, *, worker: str, stamp: Stamp, count: int, timeout_s: float) -> LeaseAnswer:
+        """Up to ``count`` leases for a worker that holds the weights ``stamp``; waits at most ``timeout_s`` for one."""
         ...
 
     async def release(self, *, worker: str, keys: tuple[str, ...]) -> None:

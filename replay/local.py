@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from r2vpo.records import LeaseAnswer, SampledBatch, TrajectoryGroup
+from r2vpo.records import LeaseAnswer, SampledBatch, Stamp, TrajectoryGroup
 from replay.config import ReplayConfig
 from replay.rows import by_shard, encode_group, shard_of_key
 from replay.schema import shard_file
@@ -82,9 +82,9 @@ class LocalStore:
             groups |= {i: decode(p) for i, p in zip(ids, payloads, strict=True) if p is not None}
         return groups
 
-    async def lease(self, *, worker: str, version: int, count: int, timeout_s: float) -> LeaseAnswer:
+    async def lease(self, *, worker: str, stamp: Stamp, count: int, timeout_s: float) -> LeaseAnswer:
         """See ``PromptSource.lease``."""
-        return await self.service.lease(worker=worker, version=version, count=count, timeout_s=timeout_s)
+        return await self.service.lease(worker=worker, stamp=stamp, count=count, timeout_s=timeout_s)
 
     async def release(self, *, worker: str, keys: tuple[str, ...]) -> None:
         """See ``PromptSource.release``."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r2vpo.records import BatchPlan, LeaseAnswer
+from r2vpo.records import BatchPlan, LeaseAnswer, Stamp
 from replay.config import ReplayConfig
 from replay.consumption import ConsumptionLog
 from replay.dispatcher import DAMAGED, Dispatcher
@@ -74,6 +74,7 @@ class ReplayService:
         self._shards = [ShardState(number) for number in range(config.shards)]
         self._index: Index | None = None
         self._chosen: BatchPlan | None = None  # the batch in work
+        self._num_rewinds = 0  # the lineage of the weights that may be sampled from
         self._sweep: asyncio.Task[None] | None = None
         self._log = LogThread(lambda: self._open_log(Path(directory)))
         self._sweeper = Sweeper(config, shards=self._shards, changed=self._changed, log=self._log)
@@ -129,8 +130,8 @@ class ReplayService:
 
     # Rollout workers
 
-    async def lease(self, *, worker: str, version: int, count: int, timeout_s: float) -> LeaseAnswer:
-        """Up to ``count`` leases for a worker that holds ``version``; waits at most ``timeout_s`` for the first.
+    async def lease(self, *, worker: str, stamp: Stamp, count: int, timeout_s: float) -> LeaseAnswer:
+        """Up to ``count`` leases for a worker that holds ``stamp``; waits at most ``timeout_s`` for the first.
 
         A worker that asks again, having taken over new weights, ends its earlier ask, which then grants nothing.
         """
@@ -138,7 +139,7 @@ class ReplayService:
         ask = self._asks[worker] = object()
 
         def grant() -> Grant:
-            return self._grant(worker, version, count)
+            return self._grant(worker, stamp, count)
 
         def superseded() -> bool:
             return self._asks[worker] is not ask
@@ -154,7 +155,7 @@ class ReplayService:
                 return LeaseAnswer(leases=(), reason=granted.reason, exhausted=granted.exhausted)
             leases = self._dispatcher.lease(
                 worker=worker,
-                version=version,
+                version=stamp[1],
                 count=granted.count,
                 now_s=time.time(),
                 lease_s=self._config.lease_s,
@@ -308,6 +309,7 @@ class ReplayService:
                 self._chosen, self._index = None, None  # from here on none begins
                 await self._log.do(lambda log: log.rewind(step))
                 self._version = self._resume_step = step
+                self._num_rewinds += 1
                 self._asks = {worker: object() for worker in self._asks}
                 await self._load()
                 self._changed.notify_all()
@@ -366,11 +368,14 @@ class ReplayService:
             return ""  # a window whose choice was undone is drawn anew from what it took
         return self._dispatcher.lacking()
 
-    def _grant(self, worker: str, version: int, count: int) -> Grant:
+    def _grant(self, worker: str, stamp: Stamp, count: int) -> Grant:
+        lineage, version = stamp
         if self._draining:
             return Grant(count=0, reason="the run is draining and hands out no more prompts", exhausted=True)
         if self._index is None:
             return Grant(count=0, reason="the replay store is not complete yet: " + self._lacking())
+        if lineage < self._num_rewinds:
+            return Grant(count=0, reason=f"worker {worker} holds weights that the learner has gone back behind")
         if self._learners_waiting and self._chosen is None and not self._lacking():
             # A lease that was granted now could make the learner wait although its batch is there.
             return Grant(count=0, reason=f"the learner is taking the batch of step {self._dispatcher.next_step}")

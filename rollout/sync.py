@@ -67,6 +67,11 @@ class WeightSync:
         async with self._changed:
             await self._changed.wait_for(lambda: self._is_proven and self.version >= version)
 
+    async def newer(self, stamp: Stamp) -> None:
+        """Wait until proven weights newer than ``stamp`` are loaded."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._is_proven and self.stamp > stamp)
+
     async def apply(
         self,
         manifest: WeightManifest,

@@ -22,6 +22,7 @@ from r2vpo.records import (
     LeaseAnswer,
     PromptSource,
     RolloutStats,
+    Stamp,
     WeightSource,
 )
 from rollout.config import RolloutConfig
@@ -181,17 +182,17 @@ class RolloutWorker:
         weights arrive is asked again under the new version; the store then answers the old one at once. Ends once it
         is drained; a lease that the store grants at that moment is taken back from a worker that has ended.
         """
-        asks: dict[asyncio.Task[None], int] = {}
+        asks: dict[asyncio.Task[None], Stamp] = {}
         drained = asyncio.create_task(self._draining.wait())
         try:
             while not drained.done():
                 await self._sync.proven()
                 self._clock.start()
-                version = self._sync.version
+                stamp = self._sync.stamp
                 free = self._config.groups_in_flight - len(self._tasks)
-                if free > 0 and version not in asks.values():
-                    asks[asyncio.create_task(self._ask(version, free))] = version
-                newer = asyncio.create_task(self._sync.reached(version + 1))
+                if free > 0 and stamp not in asks.values():
+                    asks[asyncio.create_task(self._ask(stamp, free))] = stamp
+                newer = asyncio.create_task(self._sync.newer(stamp))
                 try:
                     waits = {newer, drained, *asks, *self._tasks}
                     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -215,9 +216,11 @@ class RolloutWorker:
             await asyncio.sleep(self._probe_every_s)
             await self._engine.probe(self._silent_s)
 
-    async def _ask(self, version: int, count: int) -> None:
+    async def _ask(self, stamp: Stamp, count: int) -> None:
         """One question to the ledger. One that found the job complete lasts, lest it be repeated without a pause."""
-        answer = await self._prompts.lease(worker=self.name, version=version, count=count, timeout_s=ASK_S)
+        answer = await self._prompts.lease(worker=self.name, stamp=stamp, count=count, timeout_s=ASK_S)
+        if stamp[0] != self._sync.stamp[0]:  # the learner went back meanwhile, and the store took the leases back
+            return
         self._accept(answer)
         if answer.exhausted:
             await asyncio.sleep(ASK_S)

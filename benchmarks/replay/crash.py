@@ -141,7 +141,7 @@ async def _work(folder: Path, say: Callable[[str], None]) -> None:
 
     async def write(worker: str) -> None:
         while True:
-            answer = await store.lease(worker=worker, version=step, count=1, timeout_s=0.05)
+            answer = await store.lease(worker=worker, stamp=(0, step), count=1, timeout_s=0.05)
             for lease in answer.leases:
                 shard = store.shards[shard_of_key(lease.key, CONFIG.shards)]
                 if await shard.append(MAKER.encoded(lease.index, version=lease.version)):

@@ -123,10 +123,10 @@ class ReplayLink:
     _found: dict[int, tuple[int, ShardLink]] = field(default_factory=dict, repr=False, compare=False)
     """Shard → its newest known generation and the way to it."""
 
-    async def lease(self, *, worker: str, version: int, count: int, timeout_s: float) -> LeaseAnswer:
+    async def lease(self, *, worker: str, stamp: Stamp, count: int, timeout_s: float) -> LeaseAnswer:
         """See ``PromptSource.lease``."""
         return await self.replay.ask(
-            "lease", worker=worker, version=version, count=count, timeout_s=timeout_s, within_s=timeout_s + ANSWER_S
+            "lease", worker=worker, stamp=stamp, count=count, timeout_s=timeout_s, within_s=timeout_s + ANSWER_S
         )
 
     async def release(self, *, worker: str, keys: tuple[str, ...]) -> None:

@@ -86,7 +86,7 @@ async def test_a_malformed_group_is_the_workers_own_error():
 async def test_a_worker_hears_that_it_is_the_store_that_died():
     link = ReplayLink(component(ActorDiedError(), "replay store", None), shards=1)
     for call in (
-        link.lease(worker="rollout-0", version=0, count=1, timeout_s=1),
+        link.lease(worker="rollout-0", stamp=(0, 0), count=1, timeout_s=1),
         link.release(worker="rollout-0", keys=()),
         link.append(make_group()),
     ):

@@ -13,6 +13,7 @@ from r2vpo.job.component import Component, cancelled
 from r2vpo.job.config import ModelConfig, RunConfig
 from r2vpo.job.errorlog import ErrorLog
 from r2vpo.job.links import ReplayLink
+from r2vpo.job.restarts import Restarts
 from r2vpo.job.yard import make_store
 from r2vpo.records import Kind
 from replay.config import ReplayConfig
@@ -40,7 +41,8 @@ def node_of(component: Component) -> str:
 async def test_two_shards_on_two_nodes_take_groups_and_give_a_batch_also_after_one_was_killed(nodes, tmp_path: Path):
     config = RunConfig(model=ModelConfig(path="m"), replay=ReplayConfig(shards=2, max_lag=0, stale_fraction=0.0))
     notes: list[str] = []
-    store = make_store(config, tmp_path, resume_step=None, note=notes.append, errors=ErrorLog(tmp_path / "error.log"))
+    restarts = Restarts(config.supervisor, note=notes.append, errors=ErrorLog(tmp_path / "error.log"))
+    store = make_store(config, tmp_path, resume_step=None, note=notes.append, restarts=restarts)
     await store.start()
     watching = asyncio.create_task(store.watch())
     actors = store._actors
@@ -48,7 +50,7 @@ async def test_two_shards_on_two_nodes_take_groups_and_give_a_batch_also_after_o
     assert node_of(store.replay) == nodes[0]
 
     link = ReplayLink(store.replay, shards=2)
-    answer = await link.lease(worker="r0", version=0, count=32, timeout_s=10)
+    answer = await link.lease(worker="r0", stamp=(0, 0), count=32, timeout_s=10)
     groups = {lease.key: make_group(lease.key) for lease in answer.leases}
     half = len(groups) // 2
     assert all(await asyncio.gather(*(link.append(group) for group in [*groups.values()][:half])))
@@ -71,7 +73,7 @@ async def test_two_shards_on_two_nodes_take_groups_and_give_a_batch_also_after_o
     await cancelled(watching)
     await store.close()
 
-    again = make_store(config, tmp_path, resume_step=1, note=notes.append, errors=ErrorLog(tmp_path / "error.log"))
+    again = make_store(config, tmp_path, resume_step=1, note=notes.append, restarts=restarts)
     await again.start()
     assert (await again.stats())["groups"] == 32
     await again.close()

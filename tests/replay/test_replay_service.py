@@ -45,8 +45,8 @@ async def start(tmp_path):
         await service.close()
 
 
-async def lease(service, *, version=0, count=1, worker="r0", timeout_s=SOON):
-    return await service.lease(worker=worker, version=version, count=count, timeout_s=timeout_s)
+async def lease(service, *, version=0, lineage=0, count=1, worker="r0", timeout_s=SOON):
+    return await service.lease(worker=worker, stamp=(lineage, version), count=count, timeout_s=timeout_s)
 
 
 async def answer(service, *, version=0, count=1, worker="r0"):
@@ -630,7 +630,9 @@ async def test_a_rewind_makes_the_consumed_groups_fresh_again_and_takes_all_leas
     assert (stats["version"], stats["in_flight"], stats["fresh_waiting"]) == (1, 0, 1)
     batch = await train(service, 1)
     assert [group.group.key for group in batch.groups] == [keys[1]]
-    again = (await lease(service, version=1, worker="r1")).leases[0]
+    refused = await lease(service, version=1)
+    assert (refused.leases, refused.reason) == ((), "worker r0 holds weights that the learner has gone back behind")
+    again = (await lease(service, version=1, lineage=1, worker="r1")).leases[0]
     assert again.key == old.key
 
 

@@ -151,9 +151,10 @@ class FakeStore:
             self.ready += indices
             self.changed.notify_all()
 
-    async def lease(self, *, worker: str, version: int, count: int, timeout_s: float) -> LeaseAnswer:
+    async def lease(self, *, worker: str, stamp: Stamp, count: int, timeout_s: float) -> LeaseAnswer:
         assert count >= 1
         assert timeout_s == ASK_S
+        version = stamp[1]
         self.asks.append((version, count))
         async with self.changed:
             await self.changed.wait_for(lambda: self.ready or self.exhausted)

@@ -1,9 +1,10 @@
-"""A run of the real command line, with all its processes, some of which are about to be killed."""
+"""A run of the real command line, with all its processes, some of which are about to be killed, stopped or watched."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,8 +14,12 @@ from typing import Any
 
 import psutil
 
+from r2vpo.job.replay_audit import audit_run
+from r2vpo.job.rundir import RunDir
+from replay.audit import Audit
 from replay.reader import StoreReader
 from tests.e2e.runs import COMMAND, CONFIG, REPOSITORY
+from tests.faults.acknowledged import recording, write_record
 
 GONE_S = 20.0
 """Longest time that a process may outlive its run (seconds)."""
@@ -26,13 +31,16 @@ class Run:
     """``r2vpo train`` on the quickstart's recipe, in the background."""
 
     def __init__(self, folder: Path, *overrides: str) -> None:
+        """``folder`` holds the run, and what is recorded of it."""
         self.folder = folder / "run"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._printed = folder / f"output-{time.time_ns()}"
         self._process = subprocess.Popen(
             [*COMMAND, str(CONFIG), f"run_dir={folder}", "name=run", "tracking.wandb=off", *overrides],
             cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
+            env=recording(folder / "recording"),
+            stdout=self._printed.open("w"),
             stderr=subprocess.STDOUT,
-            text=True,
             start_new_session=True,
         )
         self.family: list[psutil.Process] = []
@@ -42,7 +50,7 @@ class Run:
         """Return once ``count`` learner steps are recorded."""
         until_s = time.monotonic() + START_S
         while len(self.steps()) < count:
-            assert self._process.poll() is None, self._process.communicate()[0]
+            assert self._process.poll() is None, self._printed.read_text()
             assert time.monotonic() < until_s, f"no {count} steps within {START_S:g} s"
             time.sleep(0.02)
         self._look()
@@ -55,11 +63,20 @@ class Run:
             time.sleep(0.1)
             self._look()
 
-    def kill(self, title: str, *, one_of: int = 1) -> None:
-        """SIGKILL to the process with this title, the first of so many; ``driver`` is the command itself."""
+    def kill(self, title: str, *, one_of: int = 1, by: signal.Signals = signal.SIGKILL) -> None:
+        """A signal to the process with this title, the first of so many; ``driver`` is the command itself."""
         victims = self._titled(title) if title != "driver" else self.family[:1]
         assert len(victims) == one_of, [p.cmdline() for p in self.family]
-        victims[0].kill()
+        victims[0].send_signal(by)
+
+    def await_output(self, pattern: str) -> None:
+        """Return once the run has printed what matches ``pattern``."""
+        until_s = time.monotonic() + START_S
+        while not re.search(pattern, self._printed.read_text()):
+            assert self._process.poll() is None, self._printed.read_text()
+            assert time.monotonic() < until_s, f"no {pattern} within {START_S:g} s: {self._printed.read_text()}"
+            time.sleep(0.05)
+        self._look()
 
     def _look(self) -> None:
         driver = psutil.Process(self._process.pid)
@@ -79,12 +96,12 @@ class Run:
 
     def end(self) -> tuple[int, str]:
         """Exit code and output, once all processes are gone."""
-        output, _ = self._process.communicate(timeout=START_S)
+        self._process.wait(timeout=START_S)
         ended_s = time.monotonic()
         while left := [p for p in self.family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
             assert time.monotonic() - ended_s < GONE_S, [(p.pid, p.cmdline()) for p in left]
             time.sleep(0.1)
-        return self._process.returncode, output
+        return self._process.returncode, self._printed.read_text()
 
     def metrics(self) -> list[dict[str, Any]]:
         """What metrics.jsonl holds."""
@@ -99,6 +116,11 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """What summary.json holds."""
         return json.loads((self.folder / "summary.json").read_text())
+
+    def audit(self) -> Audit:
+        """What an independent reader of the run's files finds, acknowledgements that the workers had included."""
+        record = write_record(self.folder / "logs", self.folder.parent / "acknowledged")
+        return audit_run(RunDir(self.folder), acknowledged=record)
 
     def check_store(self) -> int:
         """The store's version, once everything in it has been read and found sound."""

@@ -144,13 +144,18 @@ async def test_a_worker_that_still_starts_is_let_go_at_once_when_it_is_wanted_no
 
 
 async def test_the_counts_of_a_worker_that_does_not_answer_are_those_last_heard(yard):
+    async def tokens() -> dict[str, int]:
+        return {stats.worker: stats.tokens for stats in await yard.fleet.stats()}
+
+    assert await tokens() == {"rollout-0": 0, "rollout-1": 0}
     yard.launcher.made["rollout-0"].tokens = 5
-    assert [stats.worker for stats in await yard.fleet.stats()] == ["rollout-0", "rollout-1"]
+    async with asyncio.timeout(5):
+        while await tokens() != {"rollout-0": 5, "rollout-1": 0}:
+            await asyncio.sleep(0.001)
     yard.launcher.made["rollout-0"].silent = True
     yard.launcher.made["rollout-0"].tokens = 7
     await asyncio.sleep(0.01)
-    first = {stats.worker: stats.tokens for stats in await yard.fleet.stats()}
-    assert first == {"rollout-0": 5, "rollout-1": 0}
+    assert await tokens() == {"rollout-0": 5, "rollout-1": 0}
 
 
 async def test_an_evaluation_goes_to_another_worker_when_the_first_one_fails(yard):

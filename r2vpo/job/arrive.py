@@ -17,6 +17,7 @@ from pathlib import Path
 from r2vpo.job.config import load_config
 from r2vpo.job.find_run import find_run
 from r2vpo.job.rundir import occupied
+from r2vpo.job.seal import unseal
 from r2vpo.job.settings import ConfigError
 from r2vpo.job.shipment import INPUTS
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"r2vpo: error: {error}", file=sys.stderr)
         return REFUSED
+    os.environ.update(unseal())
     os.execv(sys.executable, [sys.executable, "-m", "r2vpo", *command])
 
 

@@ -23,6 +23,7 @@ from r2vpo.job.job_server import BEGIN, COMMAND_S, RUN, RUN_DIR, JobServer, RunJ
 from r2vpo.job.readings import clock_text
 from r2vpo.job.replay_view import printable
 from r2vpo.job.run_report import RunReport
+from r2vpo.job.seal import seal
 from r2vpo.job.settings import ConfigError
 from r2vpo.job.shipment import ship_code
 from r2vpo.job.submit import add_job_arguments, add_python_argument, passed_on, say_submitted
@@ -145,12 +146,13 @@ class _Remote:
         where = Path(self._path)
         name, run_dir = where.name, str(where.parent)
         with tempfile.TemporaryDirectory(prefix="r2vpo-ship-") as folder:
+            sealed, pad = seal(passed_on(self._arguments.env), Path(folder))
             job = self._server.submit(
                 ["r2vpo.job.arrive", "--resume", self._path, *self._arguments.overrides],
                 name=name,
-                modules=ship_code(Path(folder)),
+                modules=[*ship_code(Path(folder)), *pad],
                 metadata={RUN: name, RUN_DIR: run_dir},
-                env_vars=passed_on(self._arguments.env),
+                env_vars=sealed,
                 python=self._arguments.python,
             )
         say_submitted(self._server, run=name, run_dir=run_dir, job=job, brought={}, as_json=self._arguments.json)

@@ -17,6 +17,7 @@ from pathlib import Path
 from r2vpo.job.config import RunConfig, load_config
 from r2vpo.job.job_server import DEFAULT_ADDRESS, RUN, RUN_DIR, JobServer
 from r2vpo.job.replay_view import size_text
+from r2vpo.job.seal import seal
 from r2vpo.job.settings import ConfigError, load
 from r2vpo.job.shipment import PATH_KEYS, Inputs, gather, ship_code, ship_inputs
 
@@ -58,7 +59,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="give the job this environment variable of ours, such as WANDB_API_KEY; nothing else is passed on",
+        help="give the driver this environment variable of ours, such as WANDB_API_KEY; no other is passed on",
     )
     add_python_argument(parser)
 
@@ -84,12 +85,13 @@ def run(arguments: argparse.Namespace) -> int:
                 f"go on with r2vpo resume {config.name} --address {server.address}"
             )
     with tempfile.TemporaryDirectory(prefix="r2vpo-ship-") as folder:
+        sealed, pad = seal(env_vars, Path(folder))
         job = server.submit(
             ["r2vpo.job.arrive"],
             name=config.name,
-            modules=[*ship_code(Path(folder)), ship_inputs(inputs, Path(folder))],
+            modules=[*ship_code(Path(folder)), ship_inputs(inputs, Path(folder)), *pad],
             metadata={RUN: config.name, RUN_DIR: config.run_dir},
-            env_vars=env_vars,
+            env_vars=sealed,
             python=arguments.python,
         )
     sizes = {key: size_text(size) for key, size in inputs.num_bytes.items()}

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from r2vpo import cli
-from r2vpo.job import arrive, job_server, shipment
+from r2vpo.job import arrive, job_server, seal, shipment
 from r2vpo.job.config import ConfigError, load_config
 from r2vpo.job.job_server import JobServer, own_output
 from r2vpo.job.shipment import gather, ship_code, ship_inputs
@@ -202,9 +202,9 @@ def test_a_secret_travels_only_when_named_and_never_in_a_file(cluster, recipe, s
     monkeypatch.setenv("WANDB_API_KEY", "sekret-42")
     said("submit", str(recipe), "name=a")
     done = said("submit", str(recipe), "name=b", "--env", "WANDB_API_KEY")
-    assert "WANDB_API_KEY" not in cluster.submitted[0]["env_vars"]
-    assert cluster.submitted[1]["env_vars"]["WANDB_API_KEY"] == "sekret-42"
-    assert "sekret-42" not in done.out + done.err + repr(cluster.submitted[1]["entrypoint"])
+    without, sealed = (job["env_vars"] for job in cluster.submitted)
+    assert sealed.keys() - without.keys() == {seal.VARIABLE}
+    assert "sekret-42" not in done.out + done.err + repr(cluster.submitted)
     assert not [f for f in cluster.home.rglob("*") if f.is_file() and b"sekret-42" in f.read_bytes()]
 
 
@@ -248,6 +248,20 @@ def test_what_the_head_node_refuses_is_in_the_logs(cluster, recipe, said):
     assert "toy is not running: its job r2vpo-toy-" in done.out
     assert "was refused 0:0" in done.out
     assert "r2vpo: error: run_dir=" in done.out
+
+
+def test_what_is_sealed_is_opened_by_the_process_that_has_the_pad(tmp_path, monkeypatch):
+    environment, folders = seal.seal({"WANDB_API_KEY": "sekret-42", "NAME": "ü"}, tmp_path)
+    monkeypatch.setattr("sys.path", [str(folder.parent) for folder in folders])
+    monkeypatch.setenv(seal.VARIABLE, environment[seal.VARIABLE])
+    assert seal.unseal() == {"WANDB_API_KEY": "sekret-42", "NAME": "ü"}
+    assert seal.VARIABLE not in os.environ
+    assert seal.unseal() == {}
+
+
+def test_nothing_to_seal_is_nothing_to_send(tmp_path):
+    assert seal.seal({}, tmp_path) == ({}, [])
+    assert list(tmp_path.iterdir()) == []
 
 
 # The address

@@ -17,7 +17,7 @@ from typing import Any
 from r2vpo.job.find_run import add_run_arguments, run_dir_of
 from r2vpo.job.mailbox import ask_run
 from r2vpo.job.readings import near_path
-from r2vpo.job.run_report import FAILED, RunReport, look
+from r2vpo.job.run_report import FAILED, SILENT, RunReport, look
 from r2vpo.job.rundir import RunDir
 from r2vpo.job.settings import ConfigError
 from r2vpo.job.status_view import end_sentence, next_step
@@ -104,11 +104,14 @@ def tell(run: RunDir, command: str, *, within_s: float, **arguments: Any) -> dic
 
 def await_end(run: RunDir, *, say: Callable[[str], None]) -> RunReport:
     """How a run that was told to stop has ended; its phases are told as they begin."""
-    phase = None
+    told = None
     while True:
         report = look(run)
-        if report.status is not None and report.status.phase != phase:
-            phase = report.status.phase
+        phase = report.status.phase if report.status is not None else None
+        if report.state == SILENT:
+            phase = f"it says nothing more; waiting for process {report.pid} to end"
+        if phase is not None and phase != told:
+            told = phase
             say(f"{run.name}: {phase}")
         if not report.is_alive:
             return report

@@ -3,14 +3,16 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from r2vpo import cli
 from r2vpo.job import control_commands
+from r2vpo.job.run_report import look
 from r2vpo.job.rundir import RunDir
-from tests.job.fake_run import LAST_PHASE
+from tests.job.fake_run import LAST_PHASE, make_status
 
 
 @pytest.fixture
@@ -181,3 +183,14 @@ def test_logs_can_be_followed_to_the_end_of_the_run(live, said):
     later.join()
     assert followed.out.splitlines() == ["── rollout-0 ──", "first", "", "── learner-0 ──", "second"]
     assert followed.err == "r2vpo: note: toy is over: interrupted after 32 steps in 1:05\n"
+
+
+def test_a_run_that_falls_silent_while_it_ends_is_said_to_be_waited_for(over, monkeypatch):
+    end = look(over)
+    spoke = make_status("toy", now_s=1000.0)
+    silent = replace(end, state="silent", pid="7", status=spoke)
+    reports = iter([replace(silent, state="running"), silent, silent, end])
+    monkeypatch.setattr(control_commands, "look", lambda run: next(reports))
+    heard = []
+    assert control_commands.await_end(over, say=heard.append) == end
+    assert heard == ["toy: training", "toy: it says nothing more; waiting for process 7 to end"]

@@ -189,3 +189,9 @@ def test_a_job_server_that_goes_away_is_one_sentence(cluster, said, monkeypatch)
 
     monkeypatch.setattr(cluster, "list_jobs", gone)
     assert "the job server at http://head:8265 refused, or is gone: Connection refused" in said("status", "toy").err
+
+
+def test_a_resume_that_finds_no_run_says_so_in_its_job(cluster, said):
+    cluster.end("job-1", exit_code=130)
+    assert said("resume", "toy").code == 0
+    assert "r2vpo: error: there is no run ~/runs/toy, and none at all in " in said("status", "toy").out

@@ -22,7 +22,8 @@ class LearnerConfig:
     passes: int = 1
     """Passes over the batch of a learner step; it ends sooner once its budget is used up (algorithm.end_early)."""
     lr: float = 1e-6
-    """Nominal learning rate of AdamW, before warm-up and step control."""
+    """Nominal learning rate of AdamW, before warm-up and step control; 0 trains nothing, and every weight sync must
+    then show the same canary gap."""
     warmup_steps: int = 10
     """Optimiser steps of linear warm-up."""
     weight_decay: float = 0.0
@@ -71,7 +72,8 @@ class LearnerConfig:
             "keep_checkpoints",
         ):
             require.at_least(f"learner.{key}", getattr(self, key), 1)
-        for key in ("lr", "adam_eps", "grad_clip", "bucket_mb", "step_timeout_s"):
+        require.at_least("learner.lr", self.lr, 0.0)
+        for key in ("adam_eps", "grad_clip", "bucket_mb", "step_timeout_s"):
             require.positive(f"learner.{key}", getattr(self, key))
         require.at_least("learner.warmup_steps", self.warmup_steps, 0)
         require.at_least("learner.checkpoint_every", self.checkpoint_every, 0)

@@ -85,7 +85,7 @@ OVERRIDES = [
     Row("a word for a number", overrides("rollout.workers=two"), "rollout.workers=two must be an integer"),
     Row("true for a number", overrides("learner.steps=true"), "learner.steps=true must be an integer"),
     Row("5000 digits", overrides("learner.steps=1" + "0" * 5000), "is no value of kind int"),
-    Row("not a number", overrides("learner.lr=.nan"), "learner.lr=nan must be greater than 0"),
+    Row("not a number", overrides("learner.lr=.nan"), "learner.lr=nan must be at least 0"),
     Row("infinite", overrides("learner.lr=1e400"), "learner.lr=inf must be a finite number"),
     Row("negative", overrides("learner.steps=-3"), "learner.steps=-3 must be at least 1"),
     Row("CPUs below 0", overrides("rollout.num_cpus=-1"), "rollout.num_cpus=-1.0 must be at least 0"),

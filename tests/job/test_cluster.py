@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from r2vpo.job import cluster
 from r2vpo.job.cluster import HOME_PREFIX, close_cluster, make_home
+from r2vpo.job.config import ConfigError, ModelConfig, RunConfig
+from rollout.config import RolloutConfig
 
 
 @pytest.fixture
@@ -69,3 +72,16 @@ def test_a_link_to_somewhere_else_is_not_followed(logs, tmp_path):
 def test_a_joined_cluster_keeps_its_files_to_itself(logs):
     close_cluster(logs, keep_logs=True)
     assert list(logs.iterdir()) == []
+
+
+def test_a_job_that_would_never_be_placed_is_refused_with_need_and_supply(monkeypatch):
+    # two workers of two GPUs each, and one learner rank of one: 5
+    config = RunConfig(model=ModelConfig(path="m"), rollout=RolloutConfig(workers=2, tensor_parallel_size=2))
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 4.0})
+    with pytest.raises(ConfigError, match=r"the job needs 5 GPUs .*and the cluster has 4; lower rollout.workers"):
+        cluster._check_supply(config, 3.0, None)
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 5.0})
+    with pytest.raises(ConfigError, match=r"the job needs 3 CPUs .*and the cluster has 2"):
+        cluster._check_supply(config, 3.0, None)
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 3.0, "GPU": 5.0})
+    assert cluster._check_supply(config, 3.0, None).on_gpu

@@ -33,6 +33,10 @@ CONNECT_S = 3.0
 """Longest wait for the job server's first answer (seconds)."""
 COMMAND_S = 90.0
 """Longest wait for a short command on the head node (seconds): Ray starts two processes for it."""
+AGENT_S = 60.0
+AGENT_PAUSE_S = 1.0
+NO_AGENT = "No available agent to submit job"
+"""Ray's answer in the first seconds of a head node: its job agent is still starting, and is waited for (seconds)."""
 POLL_S = 0.2
 RUN, RUN_DIR, HELPER = "r2vpo_run", "r2vpo_run_dir", "r2vpo_command"
 """Metadata of jobs: the name of the run that a job drives, the folder of the runs; and of a job that runs a command."""
@@ -99,16 +103,23 @@ class JobServer:
         python: str,
     ) -> str:
         """Submit ``python -m …`` and return the job's id."""
-        return self._ask(
-            self._client.submit_job,
-            entrypoint=shlex.join([python, "-m", *arguments]),
-            submission_id=f"r2vpo-{name}-{secrets.token_hex(4)}",
-            runtime_env={
-                "py_modules": [str(path) for path in modules],
-                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **env_vars},
-            },
-            metadata=dict(metadata),
-        )
+        until_s = time.monotonic() + AGENT_S
+        while True:
+            try:
+                return self._ask(
+                    self._client.submit_job,
+                    entrypoint=shlex.join([python, "-m", *arguments]),
+                    submission_id=f"r2vpo-{name}-{secrets.token_hex(4)}",
+                    runtime_env={
+                        "py_modules": [str(path) for path in modules],
+                        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **env_vars},
+                    },
+                    metadata=dict(metadata),
+                )
+            except ConfigError as error:
+                if NO_AGENT not in str(error) or time.monotonic() > until_s:
+                    raise
+                time.sleep(AGENT_PAUSE_S)
 
     def jobs(self) -> list[RunJob]:
         """The newest job of every run that was submitted here, the newest first."""

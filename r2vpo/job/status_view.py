@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 
 from rich.text import Text
@@ -20,6 +21,7 @@ from r2vpo.job.replay_view import ACCENT, Column, printable, size_text, table
 from r2vpo.job.run_report import FAILED, FINISHED, INTERRUPTED, KILLED, RUNNING, SILENT, STARTING, RunReport
 from r2vpo.job.status import ComponentStatus, RunStatus, StoreStatus
 
+LABEL_WIDTH = 13
 STATE_STYLES = {
     RUNNING: "green",
     STARTING: "yellow",
@@ -48,7 +50,9 @@ def report_lines(report: RunReport, *, where: str, width: int | None) -> Iterato
         rows.append(("last error", report.error))
     rows.append(("next", next_step(report, where)))
     for label, text in rows:
-        yield Text.assemble((f"  {label:<11}", "dim"), printable(text))
+        first, *more = _wrapped(printable(text), None if width is None else width - LABEL_WIDTH)
+        yield Text.assemble((f"  {label:<11}", "dim"), first)
+        yield from (Text(" " * LABEL_WIDTH + line) for line in more)
     if report.is_alive and report.status and report.status.components:
         yield Text()
         yield from _component_lines(report.status.components, now_s=report.now_s, width=width)
@@ -161,6 +165,13 @@ def _component_lines(components: tuple[ComponentStatus, ...], *, now_s: float, w
     for component in components:
         if component.last_error:
             yield Text.assemble((f"{component.name}: ", ACCENT), printable(component.last_error))
+
+
+def _wrapped(text: str, width: int | None) -> list[str]:
+    """The text in lines that end between words, so that a command can be copied; one line where there is no width."""
+    if width is None:
+        return [text]
+    return textwrap.wrap(text, max(width, 20), break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def _age(since_s: float, now_s: float) -> str:

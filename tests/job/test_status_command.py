@@ -10,7 +10,9 @@ import pytest
 
 from r2vpo import cli
 from r2vpo.job import run_report, status
+from r2vpo.job.run_report import look
 from r2vpo.job.rundir import RunDir
+from r2vpo.job.status_view import report_lines
 from tests.job.fake_run import make_status
 
 NOW_S = 1_800_000_000.0
@@ -64,6 +66,15 @@ def test_a_live_run_shows_every_component_and_what_it_waits_for(run, said):
         ["rollout-0", "serving", "0:12", "30", "16", "0", "gpu-b", "generates"],
         ["rollout-1", "restarting", "0:07", "–", "–", "1", "gpu-b", "waits", "for", "its", "engine"],
         ["rollout-1:", "rollout-1", "died"],
+    ]
+
+
+def test_a_narrow_terminal_breaks_between_words_and_keeps_what_a_component_does(run):
+    status.write(run.status, make_status("toy", now_s=NOW_S, last_error="one two three four five six seven"))
+    lines = [line.plain for line in report_lines(look(run), where="toy", width=40)]
+    assert lines[lines.index("  last error one two three four five six") + 1] == "             seven"
+    assert [line.split() for line in lines if line.startswith("rollout-0")] == [
+        ["rollout-0", "serving", "0:12", "generates"]
     ]
 
 

@@ -190,6 +190,21 @@ def test_submit_says_where_the_run_is_and_what_to_do_next(cluster, recipe, said)
     assert submitted["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "300"}
 
 
+def test_a_head_node_that_has_just_started_is_waited_for(cluster, recipe, said, monkeypatch):
+    cluster.runs_commands = False
+    submit, answers = cluster.submit_job, iter([RuntimeError(f"status code 500: {job_server.NO_AGENT}, please"), None])
+
+    def later(**settings):
+        if error := next(answers):
+            raise error
+        return submit(**settings)
+
+    monkeypatch.setattr(cluster, "submit_job", later)
+    monkeypatch.setattr(job_server, "AGENT_PAUSE_S", 0.0)
+    assert said("submit", str(recipe)).code == 0
+    assert len(cluster.submitted) == 1
+
+
 def test_submit_as_json(cluster, recipe, runs, said):
     cluster.runs_commands = False
     answer = json.loads(said("submit", str(recipe), "--json", "name=other").out)

@@ -3,11 +3,16 @@
     step-000050.tmp/    every rank writes its part here and flushes it
         deepspeed/      weights and optimiser
         trainer.json    λ, step control, counters, RNG state
-        COMPLETE        written last
+        COMPLETE        written last: length of every file
     step-000050/        the same directory, renamed
 
 A directory counts only under its final name and with its marker, so that one left behind by a crash is never picked
-up. All ranks must see the same file system. The files of DeepSpeed are pickles: `pickles.py` refuses any that DeepSpeed
+up. What the marker lists and is not there was lost later: an error, for somebody must decide to go back further.
+
+The run can be resumed at the newest ``keep_checkpoints`` (`resumable`): the store holds what that takes. Those kept for
+good beside them (``keep_every``) are weights to look at, and places from which `replay-step` begins.
+
+All ranks must see the same file system. The files of DeepSpeed are pickles: `pickles.py` refuses any that DeepSpeed
 did not write before they are loaded. `trainer.json` is plain JSON.
 """
 
@@ -28,6 +33,14 @@ _NAME = re.compile(r"step-(\d{6,})")
 _MARKER = "COMPLETE"
 _STATE = "trainer.json"
 _PIN_PREFIX = ".pinned-"
+
+
+class SaveFailed(RuntimeError):  # noqa: N818 - says what happened
+    """A checkpoint could not be written, such as for want of room; those that were there before still are."""
+
+
+class DamagedCheckpoint(ValueError):  # noqa: N818 - says what happened
+    """A checkpoint was complete, and a part of it is gone or unreadable. The message says how to go on without it."""
 
 
 def final_path(directory: Path, step: int) -> Path:
@@ -56,7 +69,9 @@ def commit(directory: Path, step: int, state: Mapping[str, Any]) -> Path:
     written, final = temporary_path(directory, step), final_path(directory, step)
     (written / _STATE).write_text(json.dumps(state, indent=1))
     flush(written)
-    (written / _MARKER).touch()
+    files = sorted(path for path in written.rglob("*") if path.is_file())
+    lengths = {str(path.relative_to(written)): path.stat().st_size for path in files}
+    (written / _MARKER).write_text(json.dumps(lengths, indent=1))
     flush(written)
     if final.exists():
         final.rename(replaced := directory / f"step-{step:06d}.replaced.tmp")
@@ -81,19 +96,47 @@ def newest(directory: Path) -> Path | None:
     return max(complete(directory).items(), default=(0, None))[1]
 
 
+def resumable(directory: Path, *, keep: int) -> dict[int, Path]:
+    """The ``keep`` newest complete checkpoints by step, oldest first: those at which the run can be resumed."""
+    return dict(list(complete(directory).items())[-keep:])
+
+
+def discard(directory: Path, step: int) -> None:
+    """Remove what an attempt to write the checkpoint of ``step`` left; what cannot be removed, `begin` finds again."""
+    shutil.rmtree(temporary_path(directory, step), ignore_errors=True)
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `commit` was given. ``ValueError`` if ``checkpoint`` is not a complete checkpoint."""
+    """What `commit` was given, once every file is known to be there in its length.
+
+    ``ValueError`` if ``checkpoint`` is not a complete checkpoint; `DamagedCheckpoint` if it was one.
+    """
     if not (checkpoint / _MARKER).is_file():
         raise ValueError(f"{checkpoint} is not a complete checkpoint (no file {_MARKER}); name a directory step-NNNNNN")
     try:
-        state = json.loads((checkpoint / _STATE).read_text())
-    except FileNotFoundError:
-        raise _removed(checkpoint) from None
-    except ValueError as error:
-        raise _damaged(checkpoint, str(error)) from None
-    if not isinstance(state, dict) or not isinstance(state.get("version"), int):
-        raise _damaged(checkpoint, "no version in it")
+        lengths = _read_object(checkpoint / _MARKER) if (checkpoint / _MARKER).stat().st_size else {}
+        for name, length in lengths.items():
+            if (found := (checkpoint / name).stat().st_size) != length:
+                raise damaged(checkpoint / name, f"{found} bytes instead of {length}")
+        state = _read_object(checkpoint / _STATE)
+    except FileNotFoundError as error:
+        if not (checkpoint / _MARKER).is_file():  # a removal begins with it
+            raise _removed(checkpoint) from None
+        raise damaged(Path(error.filename), "it is missing") from None
+    except OSError as error:
+        raise damaged(Path(error.filename), f"it cannot be read: {error.strerror}") from None
+    if not isinstance(state.get("version"), int):
+        raise damaged(checkpoint / _STATE, "no version in it")
     return state
+
+
+def damaged(file: Path, why: str) -> DamagedCheckpoint:
+    """The error for a file, or the directory, of a checkpoint."""
+    checkpoint = next((path for path in (file, *file.parents) if _NAME.fullmatch(path.name)), file.parent)
+    named = _NAME.fullmatch(checkpoint.name)
+    earlier = [path.name for step, path in complete(checkpoint.parent).items() if named and step < int(named[1])]
+    onwards = f"go on from {earlier[-1]}" if earlier else "begin without it"
+    return DamagedCheckpoint(f"{file} is damaged ({why}); restore it, or remove {checkpoint} to {onwards}")
 
 
 @contextmanager
@@ -121,10 +164,14 @@ def pinned(checkpoint: Path) -> Iterator[Path]:
         os.close(held)
 
 
-def prune(directory: Path, *, keep: int) -> None:
-    """Remove all complete checkpoints but the ``keep`` newest."""
-    for path in list(complete(directory).values())[:-keep]:
-        _remove(path)
+def prune(directory: Path, *, keep: int, keep_every: int = 0) -> None:
+    """Remove all complete checkpoints but the ``keep`` newest and those at multiples of ``keep_every``, if that is > 0.
+
+    ``OSError`` if one of them cannot be removed.
+    """
+    for step, path in list(complete(directory).items())[:-keep]:
+        if not keep_every or step % keep_every:
+            _remove(path)
 
 
 def flush(directory: Path) -> None:
@@ -141,10 +188,15 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint)
 
 
-def _damaged(checkpoint: Path, why: str) -> ValueError:
-    return ValueError(
-        f"{checkpoint / _STATE} is damaged ({why}); remove {checkpoint} to resume from the checkpoint before it"
-    )
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object. `DamagedCheckpoint` if the file holds something else, ``OSError`` if it cannot be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text
+        raise damaged(path, f"no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise damaged(path, "no version in it")
+    return value
 
 
 def _removed(checkpoint: Path) -> ValueError:

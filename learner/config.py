@@ -51,7 +51,11 @@ class LearnerConfig:
     checkpoint_every: int = 50
     """Learner steps between checkpoints; 0 writes only the last one."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept; the run can be resumed at any of them."""
+    keep_every: int = 0
+    """Besides, keep every checkpoint whose step is a multiple of this, for good (learner steps); 0 keeps none."""
+    max_bad_steps: int = 10
+    """Learner steps in a row without an optimiser step that could be applied; more of them stop the run."""
     num_cpus: float = 1.0
     """CPUs that Ray reserves per rank."""
     num_gpus: float | None = None
@@ -77,6 +81,8 @@ class LearnerConfig:
             require.positive(f"learner.{key}", getattr(self, key))
         require.at_least("learner.warmup_steps", self.warmup_steps, 0)
         require.at_least("learner.checkpoint_every", self.checkpoint_every, 0)
+        require.at_least("learner.keep_every", self.keep_every, 0)
+        require.at_least("learner.max_bad_steps", self.max_bad_steps, 0)
         require.at_least("learner.weight_decay", self.weight_decay, 0.0)
         require.at_least("learner.omp_threads", self.omp_threads, 1)
         require.share("learner.adam_beta1", self.adam_beta1)

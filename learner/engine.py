@@ -21,6 +21,8 @@ import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from learner.checkpoint import damaged
 from learner.collate import PackedRow
 from learner.config import LearnerConfig
 from learner.pickles import check_pickles
@@ -41,6 +44,7 @@ if not ON_GPU:
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine  # noqa: E402
 
 _TAG = "deepspeed"
 _ROUNDING, _NEAR = 1e-4, 0.25
@@ -138,6 +142,15 @@ class LearnerEngine:
         """Replace ``values`` by their sum over all ranks."""
         dist.all_reduce(values)
 
+    def has_finite_weights(self) -> bool:
+        """Whether all weights of all ranks are finite numbers; one pass over them, without a copy."""
+        own = [p.ds_tensor if self._stage == 3 else p.detach() for p in self._model.parameters()]  # type: ignore[attr-defined]
+        # Smallest and largest: a NaN anywhere makes both of them NaN.
+        extremes = torch.stack([extreme.float() for shard in own for extreme in torch.aminmax(shard)])
+        broken = (~extremes.isfinite()).sum()
+        self.all_reduce(broken)
+        return not broken
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier()
@@ -156,19 +169,38 @@ class LearnerEngine:
         self.barrier()
         return copies
 
-    def save(self, directory: Path) -> None:
-        """Write weights and optimiser state below ``directory``; every rank writes its part."""
+    def texts(self, own: str) -> list[str]:
+        """What every rank says, by rank."""
+        said = [""] * self.world_size
+        dist.all_gather_object(said, own)
+        return said
+
+    def save(self, directory: Path) -> str:
+        """Write weights and optimiser state below ``directory``; every rank writes its part.
+
+        Returns what kept this rank from it, and "" if nothing did; never raises for that, since the others wait.
+        """
+        self._engine.checkpoint_engine = writer = _Writer()
         self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+        return writer.failure
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote, exactly, into an engine that has not stepped yet. See `learner.pickles`.
 
-        ``ValueError`` if a file is damaged, or is not DeepSpeed's own.
+        The settings of the optimiser are those of this engine, not the saved ones. ``ValueError`` if a file is
+        damaged, or is not DeepSpeed's own.
         """
         check_pickles(directory / _TAG)
-        path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        try:
+            path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
+        # What torch says of a file that is cut off or overwritten; KeyError of one that holds something else.
+        except (OSError, EOFError, RuntimeError, UnpicklingError, AssertionError, KeyError) as error:
+            raise damaged(directory / _TAG, f"{type(error).__name__}: {_first_line(error)}") from error
         if path is None:
-            raise ValueError(f"{directory} holds no state of the optimiser and the weights; resume from another one")
+            raise damaged(directory / _TAG, "no state of the optimiser and the weights in it")
+        for group, settings in zip(self._optimizer.param_groups, groups, strict=True):
+            group.update(settings)
 
     def _wrap(self, model: PreTrainedModel, config: LearnerConfig) -> tuple[torch.optim.Optimizer, Any]:
         settings = _deepspeed_settings(config, self._stage, self._dtype)
@@ -185,6 +217,8 @@ class LearnerEngine:
             weight_decay=config.weight_decay,
         )
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        # It would put a script beside every checkpoint that nobody needs, and fail where there is no room for it.
+        engine._copy_recovery_script = lambda save_path: None
         # Noise is off in the model's config; training mode is what switches gradient checkpointing on.
         engine.train()
         return optimizer, engine
@@ -224,6 +258,39 @@ class LearnerEngine:
             target_N=tokens_T,
         )
         return self.logits(row).float().log_softmax(-1)
+
+
+class _Writer(TorchCheckpointEngine):
+    """Remembers the first thing that it could not write and goes on without it.
+
+    Between its writes DeepSpeed waits for all ranks: an error of one would leave the others waiting forever.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failure = ""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        if not self.failure:
+            try:
+                # Given a path, torch would write by itself, and not say what the system says.
+                with open(path, "wb") as file:
+                    torch.save(state_dict, file)
+            except (OSError, RuntimeError) as error:
+                reason = error.__context__ if isinstance(error.__context__, OSError) else error
+                self.failure = f"{path}: {_first_line(reason)}"
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        if not self.failure:
+            try:
+                super().makedirs(path, exist_ok=exist_ok)
+            except OSError as error:
+                self.failure = _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, as far as it fits into a sentence of ours."""
+    return shorten((str(error).splitlines() or [""])[0], 160, placeholder=" …")
 
 
 def _dtype(config: LearnerConfig) -> torch.dtype:

@@ -14,9 +14,9 @@ def batch_metrics(batch: SampledBatch, layout: TrainingBatch) -> dict[str, float
     """Metrics ``train/…``.
 
     ``tokens, trajectories``: those trained. ``stale_tokens``: of these, in stale groups. ``proximal_tokens``: those
-    whose logp_prox was computed. ``without_verdict``: trajectories left out. ``lag_mean, lag_max``: over trained tokens
-    (learner steps). ``zero_signal_fraction``: groups whose advantages are all 0. ``reward_mean``: over the verdicts of
-    fresh groups. The last two kinds are absent where there is nothing to average.
+    whose logp_prox was computed. ``without_verdict``: trajectories left out. ``zero_signal_fraction``: groups whose
+    advantages are all 0. ``lag_mean, lag_max``: over trained tokens (learner steps). ``reward_mean, reward_min,
+    reward_max``: over the verdicts of fresh groups. The last two kinds are absent where there is nothing to average.
     """
     samples = layout.samples
     fresh = [g.group for g in batch.groups if g.kind == Kind.FRESH]
@@ -37,7 +37,11 @@ def batch_metrics(batch: SampledBatch, layout: TrainingBatch) -> dict[str, float
         metrics |= {"train/lag_mean": float(lag_N.mean()), "train/lag_max": float(lag_N.max())}
     verdicts = [t.reward for group in fresh for t in group.trajectories if t.reward is not None]
     if verdicts:
-        metrics["train/reward_mean"] = float(np.mean(verdicts))
+        metrics |= {
+            "train/reward_mean": float(np.mean(verdicts)),
+            "train/reward_min": float(min(verdicts)),
+            "train/reward_max": float(max(verdicts)),
+        }
     return metrics
 
 

@@ -11,6 +11,7 @@ arithmetic is that of `r2vpo.algorithm.reference.ReferenceTrainer`, and a test c
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from math import nan
@@ -26,18 +27,22 @@ from learner import checkpoint
 from learner.collate import MicroBatch, PackedRow, TrainingBatch, check_lags, collate, pack, pack_row, unpack
 from learner.config import LearnerConfig
 from learner.engine import LearnerEngine
+from learner.errors import WeightsNotFinite
 from learner.export import export_model
+from learner.finite import CAUSES, count_not_finite, first_cause
 from learner.logprobs import token_logprobs
 from learner.metrics import batch_metrics
 from learner.publish import bucket_names, canary_tokens, encode_bucket
 from r2vpo.algorithm.budget import Budget
 from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.algorithm.diagnostics import LagDiagnostics
+from r2vpo.algorithm.minibatches import split_minibatches
 from r2vpo.algorithm.objectives import loss_denominator, objective, second_moment_sum
 from r2vpo.algorithm.step_control import warmup_factor
 from r2vpo.records import Canary, SampledBatch, WeightManifest
 
 Payload = TypeVar("Payload")
+logger = logging.getLogger(__name__)
 
 
 class OptimizerStep(NamedTuple):
@@ -50,8 +55,13 @@ class OptimizerStep(NamedTuple):
     """Mean entropy (nats) of the distributions that the trained tokens were drawn from."""
     grad_norm: float
     lr: float
-    applied: bool
-    """False if loss or gradient was not finite: nothing moved."""
+    cause: str
+    """What was not finite, so that nothing moved; empty if the step was applied."""
+
+    @property
+    def applied(self) -> bool:
+        """Whether the weights moved."""
+        return not self.cause
 
 
 class LearnerTrainer:
@@ -119,6 +129,7 @@ class LearnerTrainer:
         diagnostics = self._diagnostics()
         trained = [m for m in range(len(layout.minibatches)) if layout.num_tokens(m) > 0]
         steps = self._optimizer_steps(layout, trained * self._config.passes, logp_prox, diagnostics)
+        self._name_discarded(batch, trained * self._config.passes, steps)
         applied = [s for s in steps if s.applied]
         self.engine.all_reduce(diagnostics.sums)
         self.version += 1
@@ -139,8 +150,9 @@ class LearnerTrainer:
     def publish(self, put: Callable[[bytes], Payload]) -> tuple[WeightManifest, list[Payload]] | None:
         """Hand the weights out, bucket by bucket: rank 0 calls ``put`` with each payload and returns what it got.
 
-        The other ranks take part in the gathering and return None.
+        The other ranks take part in the gathering and return None. `WeightsNotFinite` if they are not fit to be used.
         """
+        self._check_weights()
         canary = self.canary()
         specs, payloads = [], []
         for names in bucket_names(self.engine.tensors, bucket_mb=self._config.bucket_mb):
@@ -168,23 +180,29 @@ class LearnerTrainer:
         return Canary(token_ids=tuple(tokens_T.tolist()), logprobs=tuple(logp_N.tolist()))
 
     def save(self, directory: Path) -> Path:
-        """Write a checkpoint of the current version below ``directory``; returns its path, once it is durable."""
+        """Write a checkpoint of the current version below ``directory``; returns its path, once it is durable.
+
+        `SaveFailed`, on all ranks alike, if it cannot be written: earlier ones are as they were, and training may go
+        on. `WeightsNotFinite` if the weights are not worth saving.
+        """
+        self._check_weights()
         written = checkpoint.temporary_path(directory, self.version)
-        if self.engine.rank == 0:
-            checkpoint.begin(directory, self.version)
-        self.engine.barrier()
-        self.engine.save(written)
-        checkpoint.flush(written)
-        self.engine.barrier()
-        if self.engine.rank == 0:
-            checkpoint.commit(directory, self.version, self.state_dict())
-            checkpoint.prune(directory, keep=self._config.keep_checkpoints)
+        self._on_rank_0(directory, lambda: checkpoint.begin(directory, self.version))
+        self._agree(directory, self.engine.save(written) or _failure(lambda: checkpoint.flush(written)))
+        self._on_rank_0(directory, lambda: checkpoint.commit(directory, self.version, self.state_dict()))
+        keep = {"keep": self._config.keep_checkpoints, "keep_every": self._config.keep_every}
+        if self.engine.rank == 0 and (failure := _failure(lambda: checkpoint.prune(directory, **keep))):
+            logger.warning("an old checkpoint cannot be removed: %s", failure)
         self.engine.barrier()
         return checkpoint.final_path(directory, self.version)
 
     def load(self, path: Path) -> None:
-        """Restore a checkpoint that `save` wrote, before the first step."""
-        self.load_state_dict(checkpoint.read_state(path))
+        """Restore a checkpoint that `save` wrote, before the first step. ``ValueError`` names what is broken."""
+        state = checkpoint.read_state(path)
+        try:
+            self.load_state_dict(state)
+        except KeyError as error:
+            raise checkpoint.damaged(path, f"its state lacks {error}") from None
         self.engine.load(path)
 
     def export(self, directory: Path) -> None:
@@ -216,10 +234,30 @@ class LearnerTrainer:
                 raise ValueError(
                     f"{key}={given}, but the checkpoint was written with {saved}; resume with {key}={saved}"
                 )
-        self.budget.load_state_dict(state["budget"])
+        self._restore_budget(state["budget"])
         self.version = state["version"]
         self.num_optimizer_steps = state["optimizer_steps"]
         torch.set_rng_state(torch.from_numpy(np.frombuffer(bytes.fromhex(state["rng"]), dtype=np.uint8).copy()))
+
+    def _restore_budget(self, state: dict[str, Any]) -> None:
+        """λ and s go on where they were; or anew, where the run goes on with others that know no such state."""
+        try:
+            self.budget.load_state_dict(state)
+        except ValueError as error:
+            logger.warning("the budget starts anew: %s", error)
+            self.budget = Budget(self._algorithm)
+
+    def _on_rank_0(self, directory: Path, work: Callable[[], object]) -> None:
+        """One part of `save`; the others wait for it."""
+        self._agree(directory, _failure(work) if self.engine.rank == 0 else "")
+
+    def _agree(self, directory: Path, failure: str) -> None:
+        """`SaveFailed` on all ranks if one of them failed; nothing of the attempt stays."""
+        failures = [f"rank {rank}: {text}" for rank, text in enumerate(self.engine.texts(failure)) if text]
+        if failures:
+            if self.engine.rank == 0:
+                checkpoint.discard(directory, self.version)
+            raise checkpoint.SaveFailed(f"the checkpoint of version {self.version} was not written ({failures[0]})")
 
     def _proximal(self, layout: TrainingBatch) -> dict[int, np.ndarray]:
         """``logp_prox`` of this rank's samples that need it, by index: the weights have not moved yet."""
@@ -240,8 +278,13 @@ class LearnerTrainer:
         logp_prox: dict[int, np.ndarray],
         diagnostics: LagDiagnostics,
     ) -> list[OptimizerStep]:
-        """One per minibatch, in order, as far as the budget reaches; all ranks stop at the same one."""
+        """One per minibatch, in order, as far as the budget reaches; all ranks stop at the same one.
+
+        With a learning rate of 0 nothing moves, and V is rounding noise: there is nothing for the budget to hold.
+        """
         steps: list[OptimizerStep] = []
+        if self._config.lr == 0:
+            return [self._optimizer_step(layout, m, logp_prox, diagnostics) for m in minibatches]
         self.budget.begin(signal_share=layout.signal_share)
         for m in minibatches:
             steps.append(self._optimizer_step(layout, m, logp_prox, diagnostics))
@@ -256,7 +299,7 @@ class LearnerTrainer:
         num_tokens = layout.num_tokens(minibatch)
         denominator = loss_denominator(self._algorithm, num_tokens, layout.num_trajectories(minibatch))
         bins = layout.train[minibatch][self.engine.rank]
-        sums = torch.zeros(3, dtype=torch.float64, device=self.engine.device)
+        sums = torch.zeros(3 + len(CAUSES), dtype=torch.float64, device=self.engine.device)
         seen = self._diagnostics()
         for i, members in enumerate(bins):
             micro_batch = pack([layout.samples[j] for j in members], [logp_prox.get(j) for j in members])
@@ -272,21 +315,49 @@ class LearnerTrainer:
         lr = self._config.lr * warmup_factor(self.num_optimizer_steps, self._config.warmup_steps)
         lr *= self.budget.scale
         grad_norm, applied = self.engine.step(lr)
-        loss_sum, second_moment, entropy = sums.tolist()
-        result = OptimizerStep(loss_sum, second_moment / num_tokens, entropy / num_tokens, grad_norm, lr, applied)
+        loss_sum, second_moment, entropy, *not_finite = sums.tolist()
+        cause = "" if applied else first_cause(not_finite, loss_sum)
         if applied:
             self.num_optimizer_steps += 1
             diagnostics.sums += seen.sums
-        return result
+        return OptimizerStep(loss_sum, second_moment / num_tokens, entropy / num_tokens, grad_norm, lr, cause)
 
     def _forward(self, micro_batch: MicroBatch, denominator: float, sums: Tensor, seen: LagDiagnostics) -> Tensor:
-        """The micro-batch's share of the loss; adds to ``sums``: loss, Σc·(u-1)², Σ entropy."""
+        """The micro-batch's share of the loss; adds to ``sums``: loss, Σc·(u-1)², Σ entropy, what is not finite."""
         logp_N, entropy_N = self._logprobs(micro_batch.row, temperature=self._temperature)
         tokens = micro_batch.tokens(logp_N)
         loss = self._objective(tokens, denominator, self.budget.lam)
-        sums += torch.stack([loss.detach().double(), second_moment_sum(tokens), entropy_N.sum().double()])
+        measured = torch.stack([loss.detach().double(), second_moment_sum(tokens), entropy_N.sum().double()])
+        sums += torch.cat([measured, count_not_finite(tokens)])
         seen.add(tokens, micro_batch.lag_N)
         return loss
+
+    def _name_discarded(self, batch: SampledBatch, minibatches: Sequence[int], steps: Sequence[OptimizerStep]) -> None:
+        """Write every discarded optimiser step to the log, with its cause and the groups it would have trained on."""
+        if self.engine.rank != 0 or all(step.applied for step in steps):
+            return
+        members = split_minibatches(batch, minibatches=self._config.minibatches, seed=self._seed)
+        for number, (m, step) in enumerate(zip(minibatches, steps, strict=False)):
+            if not step.applied:
+                groups = ", ".join(f"{batch.groups[g].group_id} ({batch.groups[g].group.key})" for g in members[m])
+                logger.warning(
+                    "learner step %d: optimiser step %d of %d was discarded, not finite: %s; loss %g, gradient norm "
+                    "%g; groups (prompts): %s",
+                    *(batch.step, number + 1, len(minibatches), step.cause, step.loss, step.grad_norm, groups),
+                )
+
+    def _check_weights(self) -> None:
+        """`WeightsNotFinite`, on all ranks alike, if a weight of any rank is not a finite number."""
+        if self.engine.has_finite_weights():
+            return
+        if self.num_optimizer_steps == 0:
+            raise WeightsNotFinite(
+                f"model.path={self._model_path} holds weights that are not finite numbers; use another copy of it"
+            )
+        raise WeightsNotFinite(
+            f"version {self.version} of the weights holds numbers that are not finite, and is neither published nor "
+            "saved; go on from the last checkpoint with a lower rate: --resume learner.lr=… --allow-change learner.lr"
+        )
 
     def _logprobs(self, row: PackedRow, *, temperature: float) -> tuple[Tensor, Tensor]:
         return token_logprobs(self.engine.logits(row), row.target_N, temperature)
@@ -311,6 +382,15 @@ class LearnerTrainer:
                 "dual/second_moment_max": max(second_moments),
             }
         return metrics
+
+
+def _failure(work: Callable[[], object]) -> str:
+    """What the disk says against ``work``; "" if it is done."""
+    try:
+        work()
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _mean(values: list[float]) -> float:

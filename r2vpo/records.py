@@ -69,7 +69,8 @@ class Prompt:
 class Trajectory:
     """One sampled response with its prompt tokens.
 
-    Raises ``ValueError`` when the arrays disagree in length, or when outcome and reward contradict each other.
+    Raises ``ValueError`` when the arrays disagree in length, when outcome and reward contradict each other, or when
+    what could train holds a number that is not finite.
     """
 
     token_ids_T: np.ndarray
@@ -96,6 +97,11 @@ class Trajectory:
             raise ValueError(f"outcome={self.outcome.value} contradicts reward={self.reward}")
         if self.reward is not None and not np.isfinite(self.reward):
             raise ValueError(f"reward={self.reward} is not finite; a verdict that is no number is outcome=no_verdict")
+        if self.reward is not None and not np.isfinite(self.behavior_logprob_T).all():
+            raise ValueError(
+                f"outcome={self.outcome.value}, but a behaviour log-prob is not finite: no ratio can be formed with "
+                "it; such a trajectory is outcome=error"
+            )
 
     @property
     def num_tokens(self) -> int:

@@ -29,6 +29,11 @@ class Completion:
     truncated: bool
     """True if the response was cut at ``max_tokens``."""
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all log-probs are finite numbers; an engine whose numbers overflow reports others."""
+        return bool(np.isfinite(self.logprob_T).all())
+
 
 class Engine(Protocol):
     """A language model that generates, with versioned weights. ``rollout.engine.RolloutEngine`` is the real one."""

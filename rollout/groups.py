@@ -32,6 +32,12 @@ def scored_group(
     return _group(lease, prompt, trajectories, worker=worker)
 
 
+def sound_verdicts(completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """The verdicts, but an error for a completion with a log-prob that is not finite: nothing can be trained on it."""
+    broken = Verdict(outcome=Outcome.ERROR, error="the engine reported a log-prob that is not a finite number")
+    return [v if c.is_finite else broken for c, v in zip(completions, verdicts, strict=True)]
+
+
 def failed_group(
     lease: Lease,
     prompt: TaskPrompt,

@@ -27,7 +27,7 @@ from r2vpo.records import (
 )
 from rollout.config import RolloutConfig
 from rollout.generation import Engine, request_seed
-from rollout.groups import failed_group, scored_group
+from rollout.groups import failed_group, scored_group, sound_verdicts
 from rollout.rewards import RewardPool, Verdict
 from rollout.sync import WeightSync
 from rollout.tasks.base import Task
@@ -248,7 +248,8 @@ class RolloutWorker:
         except ValueError as error:
             group = failed_group(lease, prompt, token_ids, size=self._config.group_size, worker=self.name, error=error)
         else:
-            verdicts = await self._rewards.score([(c.text, prompt.truth) for c in completions])
+            scored = await self._rewards.score([(c.text, prompt.truth) for c in completions])
+            verdicts = sound_verdicts(completions, scored)
             self._say_why(verdicts)
             group = scored_group(lease, prompt, token_ids, completions, verdicts, worker=self.name)
         await self._sync.proven()

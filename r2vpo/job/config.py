@@ -228,6 +228,8 @@ class RunConfig:
     def notes(self) -> tuple[str, ...]:
         """Sentences about settings that work, but not as one might expect."""
         notes: list[str] = []
+        if self.learner.lr == 0:
+            notes.append("learner.lr=0: a control run, in which neither weights nor budget move")
         if self.algorithm.has_multiplier and self.learner.minibatches == 1:
             notes.append(
                 "learner.minibatches=1: V is always 0, so neither λ nor step control acts: plain policy gradient"

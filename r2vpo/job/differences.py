@@ -46,6 +46,8 @@ _OF_BATCH = frozenset(
         "lag_mean",
         "lag_max",
         "reward_mean",
+        "reward_min",
+        "reward_max",
     )
 )
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from learner.actor import BoardActor, LearnerActor
+from learner.checkpoint import SaveFailed
+from learner.errors import WeightsNotFinite
 from r2vpo.job.cluster import Cluster
 from r2vpo.job.component import Component, ComponentSilent, JobFailed, roll_call, together
 from r2vpo.job.config import RunConfig
@@ -90,8 +92,11 @@ class Learners:
         raise AssertionError("ranks are watched until the run ends")
 
     async def publish(self) -> None:
-        """Put the current weights into the object store and name them on the board."""
-        manifest, refs = await self._all("publish")
+        """Put the current weights into the object store and name them on the board.
+
+        ``WeightsNotFinite`` if they are not fit to be used.
+        """
+        manifest, refs = await self._all("publish", passing=(WeightsNotFinite,))
         await self._board.ask("post", replace(manifest, lineage=self._lineage), refs)
 
     async def train_step(self, batch: BatchSource) -> dict[str, float]:
@@ -99,8 +104,11 @@ class Learners:
         return await self._all("train_step", batch)
 
     async def save(self, directory: Path) -> None:
-        """Write a checkpoint of the current version below ``directory``."""
-        await self._all("save", str(directory))
+        """Write a checkpoint of the current version below ``directory``.
+
+        ``SaveFailed`` if there is no room for it, ``WeightsNotFinite`` if it is not worth it.
+        """
+        await self._all("save", str(directory), passing=(SaveFailed, WeightsNotFinite))
 
     async def load(self, checkpoint: Path) -> int:
         """Continue from a checkpoint; returns its step."""
@@ -140,10 +148,17 @@ class Learners:
                 raise LearnersLost(str(failure)) from failure
             await asyncio.sleep(PULSE_S)
 
-    async def _all(self, method: str, *arguments: Any, within_s: float | None = None) -> Any:
+    async def _all(
+        self,
+        method: str,
+        *arguments: Any,
+        within_s: float | None = None,
+        passing: tuple[type[Exception], ...] = (),
+    ) -> Any:
         within_s = within_s or self._timeout_s
+        calls = (rank.ask(method, *arguments, within_s=within_s, passing=passing) for rank in self.ranks)
         try:
-            return (await together(*(rank.ask(method, *arguments, within_s=within_s) for rank in self.ranks)))[0]
+            return (await together(*calls))[0]
         except JobFailed as failure:
             # Whoever lost a partner may have spoken before the news of its death came.
             deaths = await roll_call(self.ranks)

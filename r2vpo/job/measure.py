@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
-from r2vpo.algorithm.config import AlgorithmConfig
+from r2vpo.job.config import RunConfig
 from r2vpo.records import RolloutStats, SyncRecord
 
 SATURATED_STEPS = 10
 """Learner steps with λ at its ceiling after which the run says so."""
-DISCARDED_STEPS = 10
-"""Learner steps without a single optimiser step, each for want of finite numbers, after which the run ends."""
+COLLAPSE_STEPS = 20
+"""Learner steps without any signal after which the run says so: longer than chance leaves a policy that still learns,
+and short enough to save most of what a run without a purpose would cost."""
+NO_ENTROPY = 0.01
+"""Entropy (nats per token) below which a policy gives the same response every time: a token in 500 is another one."""
 UNSCORED_GROUPS = 16
 """Groups without enough verdicts after which the run says so, if they are the majority."""
 
@@ -108,24 +112,35 @@ def _lasting(sentence: str) -> str:
 class Alarms:
     """What a person should be told about a run that goes on, but not as one would wish."""
 
-    def __init__(self, algorithm: AlgorithmConfig) -> None:
-        self._algorithm = algorithm
-        self._saturated_steps = 0
+    def __init__(self, config: RunConfig) -> None:
+        self._algorithm, self._max_bad_steps = config.algorithm, config.learner.max_bad_steps
+        self._fresh_per_step = config.num_fresh
+        rule = config.replay.skip_no_signal
+        self._skips_silent = rule if config.replay.no_signal_rule == "all" else ""
+        self._saturated_steps = self._silent_steps = 0
         self._discarded_steps = 0
+        self._with_signal = self._silent_before = 0
+        self._best_reward, self._worst_reward = -inf, inf
         self._was_bad = False
-        self._said_saturated = self._said_unscored = False
+        self._said_saturated = self._said_unscored = self._said_collapsed = False
         self._troubles: dict[str, str] = {}
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the newest weights are worth a checkpoint: the last learner step was not discarded as a whole."""
+        return self._discarded_steps == 0
 
     def look(self, metrics: Mapping[str, Any]) -> list[str]:
         """Sentences about the step that has just ended.
 
-        ``RuntimeError`` once ``DISCARDED_STEPS`` learner steps in a row have moved nothing.
+        ``RuntimeError`` once more than ``learner.max_bad_steps`` learner steps in a row have moved nothing.
         """
-        return [sentence for sentence in (self._saturated(metrics), self._bad(metrics)) if sentence]
+        said = (self._saturated(metrics), self._bad(metrics), self._collapsed(metrics))
+        return [sentence for sentence in said if sentence]
 
     def look_at(self, store: Mapping[str, Any]) -> list[str]:
         """Sentences about the store, given what it says of itself."""
-        return [*self._trouble(store), *self._unscored(store)]
+        return [*self._trouble(store), *self._unscored(store), *self._starved(store)]
 
     def _trouble(self, store: Mapping[str, Any]) -> list[str]:
         """Said when it begins and when it is over: something keeps the store from working as it should.
@@ -163,18 +178,69 @@ class Alarms:
 
     def _bad(self, metrics: Mapping[str, Any]) -> str:
         """Said when it begins: optimiser steps were discarded."""
-        bad = metrics.get("learner/bad_steps", 0)
-        nothing_moved = bad and "step/lr" not in metrics
-        self._discarded_steps = self._discarded_steps + 1 if nothing_moved else 0
-        if self._discarded_steps >= DISCARDED_STEPS:
+        bad, moved = metrics.get("learner/bad_steps", 0), "step/lr" in metrics
+        if moved or bad:  # else the batch had nothing to train on, which says nothing
+            self._discarded_steps = 0 if moved else self._discarded_steps + 1
+        if self._discarded_steps > self._max_bad_steps:
             raise RuntimeError(
-                f"the learner has discarded every optimiser step of the last {DISCARDED_STEPS} learner steps: loss or "
-                "gradient is not finite (learner/bad_steps); lower learner.lr, and look at the model and its dtype"
+                f"the learner has discarded every optimiser step of the last {self._discarded_steps} learner steps, "
+                f"more than learner.max_bad_steps={self._max_bad_steps} in a row: loss or gradient is not finite; "
+                "logs/learner-0.log names what was not, and the groups; the last checkpoint was written before that: "
+                "go on from it with a lower rate (--resume learner.lr=… --allow-change learner.lr)"
             )
         began, self._was_bad = bool(bad) and not self._was_bad, bool(bad)
         if not began:
             return ""
         return (
             f"learner step {metrics['step']}: {bad:.0f} optimiser step{'' if bad == 1 else 's'} discarded, loss or "
-            "gradient was not finite (learner/bad_steps in metrics.jsonl counts them)"
+            "gradient was not finite (logs/learner-0.log names the groups, learner/bad_steps in metrics.jsonl counts)"
         )
+
+    def _collapsed(self, metrics: Mapping[str, Any]) -> str:
+        """Said once: no batch has had a signal for a while; why, as far as rewards and entropy tell."""
+        if "train/reward_mean" not in metrics:  # no verdicts at all: that is said elsewhere
+            return ""
+        self._best_reward = max(self._best_reward, metrics["train/reward_max"])
+        self._worst_reward = min(self._worst_reward, metrics["train/reward_min"])
+        silent = metrics["train/zero_signal_fraction"] == 1
+        self._silent_steps = self._silent_steps + 1 if silent else 0
+        if self._silent_steps < COLLAPSE_STEPS or self._said_collapsed:
+            return ""
+        self._said_collapsed = True
+        why = self._why_silent(lowest=metrics["train/reward_min"], highest=metrics["train/reward_max"])
+        entropy = metrics.get("step/entropy")
+        if entropy is not None and entropy < NO_ENTROPY:
+            why += (
+                f"; and the policy has collapsed: with an entropy of {entropy:.2g} nats per token it gives the same "
+                "response every time"
+            )
+        return f"no group of the last {COLLAPSE_STEPS} learner steps carries a signal, so nothing is learnt: {why}"
+
+    def _why_silent(self, *, lowest: float, highest: float) -> str:
+        """What the rewards of the newest batch, beside those so far, say about the want of a signal."""
+        if lowest < highest:
+            return "the members of each group get the same reward, and nothing tells them apart"
+        if highest == self._best_reward and (highest > 0 or highest > self._worst_reward):
+            return f"every reward is {highest:g}, the highest so far: the task looks solved; harder prompts would go on"
+        if highest in (0, self._worst_reward):
+            return (
+                f"every reward is {highest:g}: the task is out of the policy's reach, or task.reward does not see what "
+                "is right"
+            )
+        return f"every reward is {highest:g}"
+
+    def _starved(self, store: Mapping[str, Any]) -> list[str]:
+        """Said once: where groups without a signal are not drawn at all, the learner waits while nothing else comes."""
+        silent = store["no_signal"]
+        with_signal = store["groups"] - silent - store["unusable"]["unscored"]
+        if with_signal > self._with_signal:
+            self._with_signal, self._silent_before = with_signal, silent
+        num = silent - self._silent_before
+        if not self._skips_silent or self._said_collapsed or num < COLLAPSE_STEPS * self._fresh_per_step:
+            return []
+        self._said_collapsed = True
+        return [
+            f"none of the last {num} groups carries a signal, and replay.skip_no_signal={self._skips_silent} draws no "
+            "others, so the learner waits: the rewards of each are equal, all low (the task is out of reach) or all "
+            "high (it is solved)"
+        ]

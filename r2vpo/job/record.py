@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from r2vpo.job.checkpoints import Checkpoints
 from r2vpo.job.config import RunConfig
 from r2vpo.job.errorlog import ErrorLog
 from r2vpo.job.measure import Alarms, StepMeter
@@ -28,12 +29,11 @@ class RunRecord:
         self.errors = ErrorLog(run.logs / "error.log")
         self.restarts = Restarts(config.supervisor, note=view.note, errors=self.errors)
         self.meter = StepMeter()
-        self._alarms = Alarms(config.algorithm)
+        self.alarms = Alarms(config)
         self.evaluations: dict[str, Evaluation] = {}
         self.next_step = 0
         """The next learner step, and the version of the weights."""
-        self.saved_step = 0
-        """The step of the newest checkpoint; 0 where there is none."""
+        self.checkpoints = Checkpoints(config.learner, run.checkpoints.resolve(), note=view.note)
         self.store: dict[str, Any] = dict(EMPTY_STORE)
         """What the store said last."""
         self.metrics: Mapping[str, Any] = {}
@@ -43,14 +43,14 @@ class RunRecord:
 
     def begin(self, step: int, *, resume: bool) -> None:
         """The run starts, or goes on, at ``step``."""
-        self.next_step = self.saved_step = step
+        self.next_step = self.checkpoints.saved_step = step
         if resume:
             self.evaluations = earlier_evaluations(self._run.summary)
         self._tracker = Tracker(self._config, self._run, resume_step=step, note=self.view.note)
 
     def go_back(self, step: int) -> None:
         """The learner goes on at ``step`` once more; what was recorded from there on is undone."""
-        self.next_step = self.saved_step = step
+        self.next_step = self.checkpoints.saved_step = step
         self._open_tracker.go_back(step)
 
     def phase(self, text: str) -> None:
@@ -66,16 +66,16 @@ class RunRecord:
     def look_at_store(self, store: dict[str, Any]) -> None:
         """Take in what the store says, and tell what is alarming."""
         self.store = store
-        self.note(*self._alarms.look_at(store))
+        self.note(*self.alarms.look_at(store))
 
     def step(self, learner: Mapping[str, float], *, wait_s: float, workers: Sequence[RolloutStats]) -> None:
         """A learner step is done: record its metrics. ``RuntimeError`` if the run must not go on like this."""
         measured = self.meter.measure(step=self.next_step, wait_s=wait_s, store=self.store, workers=workers)
-        self.metrics = {**measured, **learner}
+        self.metrics = {**measured, "time/save_s": self.checkpoints.take_spent_s(), **learner}
         self.next_step += 1
         self._open_tracker.step(self.metrics)
         self.view.step(self.metrics, self.next_step, self._config.learner.steps)
-        self.note(*self._alarms.look(self.metrics))
+        self.note(*self.alarms.look(self.metrics))
 
     def evaluation(self, label: str, result: Evaluation) -> None:
         """An evaluation is done."""

@@ -29,7 +29,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from learner.checkpoint import complete, newest, read_state
+from learner.checkpoint import newest, read_state
 from r2vpo.job import status
 from r2vpo.job.cluster import Cluster
 from r2vpo.job.component import (
@@ -51,6 +51,7 @@ from r2vpo.job.mailbox import serve_mailbox
 from r2vpo.job.measure import stall_text
 from r2vpo.job.record import RunRecord
 from r2vpo.job.rundir import RunDir
+from r2vpo.job.settings import ConfigError
 from r2vpo.job.signals import StopRequest
 from r2vpo.job.status import ComponentStatus, RunStatus, StoreStatus
 from r2vpo.job.store import GOODBYE_S
@@ -226,7 +227,7 @@ class Session:
             await together(self._store.commit(batch, stop=self._stop.wait), self._learners.publish())
             record.look_at_store(await self._store.stats())
             record.step(metrics, wait_s=wait_s, workers=await self._fleet.stats())
-            is_due = config.checkpoint_every and record.next_step % config.checkpoint_every == 0
+            is_due = record.alarms.is_sound and record.checkpoints.is_due(record.next_step)
             if is_due or self._wants_checkpoint.is_set():
                 await self._save()
 
@@ -249,17 +250,14 @@ class Session:
         return None
 
     async def _save(self) -> None:
-        record = self._record
-        if record.saved_step != record.next_step:
-            await self._learners.save(self._run.checkpoints.resolve())
-            record.saved_step = record.next_step
+        if await self._record.checkpoints.write(self._record.next_step, self._learners.save):
             await self._keep_what_resuming_needs()
         self._wants_checkpoint.clear()
         self._has_checkpoint.set()
 
     async def _keep_what_resuming_needs(self) -> None:
-        """The run may be resumed at any checkpoint that is kept, or at its beginning if there is none."""
-        await self._store.keep_from(min(complete(self._run.checkpoints), default=0))
+        """The run may be resumed at one of its newest checkpoints, or at its beginning if there is none."""
+        await self._store.keep_from(self._record.checkpoints.oldest_resumable)
 
     async def _evaluate(self, label: str) -> None:
         record = self._record
@@ -315,7 +313,9 @@ class Session:
                 self._has_checkpoint.clear()
                 self._wants_checkpoint.set()
                 await self._has_checkpoint.wait()
-                return {"step": self._record.saved_step}
+                if failure := self._record.checkpoints.failure:
+                    raise ConfigError(failure)
+                return {"step": self._record.checkpoints.saved_step}
             case _:
                 assert command == "stop", command
                 self._stop.set()

@@ -31,6 +31,8 @@ _WITHOUT_EFFECT = frozenset(
         "bucket_mb",
         "checkpoint_every",
         "keep_checkpoints",
+        "keep_every",
+        "max_bad_steps",
         "num_cpus",
         "num_gpus",
         "step_timeout_s",

@@ -1,9 +1,11 @@
 import pytest
 
+from learner.config import LearnerConfig
 from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.job import measure
+from r2vpo.job.config import ModelConfig, RunConfig
 from r2vpo.job.measure import (
-    DISCARDED_STEPS,
+    COLLAPSE_STEPS,
     SATURATED_STEPS,
     UNSCORED_GROUPS,
     Alarms,
@@ -12,6 +14,7 @@ from r2vpo.job.measure import (
     stall_text,
 )
 from r2vpo.records import RolloutStats, SyncRecord
+from replay.config import ReplayConfig
 
 STORE = {
     "groups": 40,
@@ -29,6 +32,16 @@ STORE = {
 GOOD = {"step": 0, "learner/bad_steps": 0.0, "step/lr": 1e-3, "dual/saturated": 0.0}
 HALF_BAD = GOOD | {"learner/bad_steps": 2.0}
 ALL_BAD = {"step": 0, "learner/bad_steps": 4.0, "dual/saturated": 0.0}
+EMPTY = {"step": 0, "learner/bad_steps": 0.0, "dual/saturated": 0.0}
+
+
+def run_config(**sections) -> RunConfig:
+    return RunConfig(model=ModelConfig(path="m"), **sections)
+
+
+def rewarded(lowest: float, highest: float, *, silent: float = 1.0, entropy: float = 0.5) -> dict:
+    rewards = {"train/reward_min": lowest, "train/reward_max": highest, "train/reward_mean": (lowest + highest) / 2}
+    return GOOD | rewards | {"train/zero_signal_fraction": silent, "step/entropy": entropy}
 
 
 def stats(tokens: int, busy_s: float, alive_s: float, *syncs: SyncRecord) -> RolloutStats:
@@ -88,12 +101,12 @@ def test_a_step_counts_what_the_workers_did_during_it_and_nothing_before(clock):
 
 
 def test_a_step_like_any_other_alarms_nobody():
-    alarms = Alarms(AlgorithmConfig())
+    alarms = Alarms(run_config())
     assert [alarms.look(GOOD) for _ in range(3)] == [[], [], []]
 
 
 def test_discarded_optimiser_steps_are_told_when_they_begin_and_when_they_begin_again():
-    alarms = Alarms(AlgorithmConfig())
+    alarms = Alarms(run_config())
     told = [alarms.look(metrics | {"step": i}) for i, metrics in enumerate([HALF_BAD, ALL_BAD, GOOD, HALF_BAD])]
     assert [len(sentences) for sentences in told] == [1, 0, 0, 1]
     assert told[0][0].startswith("learner step 0: 2 optimiser steps discarded, loss or gradient was not finite")
@@ -105,15 +118,66 @@ def test_discarded_optimiser_steps_are_told_when_they_begin_and_when_they_begin_
 
 
 def test_a_learner_that_moves_nothing_for_long_ends_the_run():
-    alarms = Alarms(AlgorithmConfig())
-    for metrics in [*[ALL_BAD] * (DISCARDED_STEPS - 1), HALF_BAD, *[ALL_BAD] * (DISCARDED_STEPS - 1)]:
+    alarms = Alarms(run_config(learner=LearnerConfig(max_bad_steps=3)))
+    for metrics in [*[ALL_BAD] * 3, HALF_BAD, ALL_BAD, EMPTY, *[ALL_BAD] * 2]:
         alarms.look(metrics)
-    with pytest.raises(RuntimeError, match=rf"every optimiser step of the last {DISCARDED_STEPS} .*lower learner\.lr"):
+    sentence = r"last 4 learner steps, more than learner\.max_bad_steps=3 in a row.*--allow-change learner\.lr"
+    with pytest.raises(RuntimeError, match=sentence):
         alarms.look(ALL_BAD)
 
 
+def test_weights_are_sound_unless_the_last_step_was_discarded_as_a_whole():
+    alarms, sound = Alarms(run_config()), []
+    for metrics in (GOOD, ALL_BAD, EMPTY, HALF_BAD):
+        alarms.look(metrics)
+        sound.append(alarms.is_sound)
+    assert sound == [True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("before", "batch", "parts"),
+    [
+        (rewarded(0, 0), rewarded(0, 0), ["every reward is 0: the task is out of the policy's reach"]),
+        (rewarded(0, 1, silent=0.2), rewarded(1, 1), ["every reward is 1, the highest so far: the task looks solved"]),
+        (rewarded(-2, 0, silent=0.2), rewarded(0, 0), ["every reward is 0, the highest so far"]),
+        (rewarded(-1, -1), rewarded(-1, -1), ["every reward is -1: the task is out of the policy's reach"]),
+        (rewarded(0, 1, silent=0.2), rewarded(0, 1), ["the members of each group get the same reward"]),
+        (rewarded(0, 1, silent=0.2), rewarded(0.5, 0.5), ["every reward is 0.5"]),
+        (
+            rewarded(0, 1, silent=0.2),
+            rewarded(0, 0, entropy=0.003),
+            ["every reward is 0: ", "collapsed: with an entropy of 0.003 nats per token"],
+        ),
+    ],
+)
+def test_a_policy_without_any_signal_is_told_once_with_the_reason_that_rewards_and_entropy_show(before, batch, parts):
+    alarms = Alarms(run_config())
+    assert alarms.look(before | {"train/zero_signal_fraction": 0.9}) == []
+    course = [*[batch] * (COLLAPSE_STEPS - 1), batch | {"train/zero_signal_fraction": 0.9}, *[batch] * COLLAPSE_STEPS]
+    told = [alarms.look(metrics) for metrics in [*course, *course]]
+    assert [len(sentences) for sentences in told] == [0] * (len(course) - 1) + [1] + [0] * len(course)
+    [sentence] = told[len(course) - 1]
+    assert sentence.startswith("no group of the last 20 learner steps carries a signal")
+    assert ("collapsed" in sentence) == (len(parts) == 2)
+    for part in parts:
+        assert part in sentence
+
+
+def test_a_learner_that_waits_for_a_signal_which_never_comes_is_told_once():
+    # 32 groups per step, half of them new ones: 16 · 20 = 320 groups in a row are as many as 20 steps would take
+    waiting = Alarms(run_config(replay=ReplayConfig(skip_no_signal="all")))
+    drawing = Alarms(run_config(replay=ReplayConfig(skip_no_signal="stale")))
+
+    def store(groups: int, silent: int) -> dict:
+        return STORE | {"groups": groups, "no_signal": silent, "unusable": {"unscored": 0}}
+
+    course = [store(40, 5), store(360, 324), store(361, 324), store(680, 643), store(681, 644), store(700, 663)]
+    assert [len(waiting.look_at(s)) for s in course] == [0, 0, 0, 0, 1, 0]
+    assert [len(drawing.look_at(s)) for s in course] == [0] * 6
+
+
 def test_a_majority_of_groups_without_verdicts_is_told_once_with_what_became_of_them():
-    alarms = Alarms(AlgorithmConfig())
+    alarms = Alarms(run_config())
 
     def store(groups: int, unscored: int) -> dict:
         outcomes = {"scored": 8 * (groups - unscored), "truncated": 0, "error": 8 * unscored}
@@ -129,7 +193,7 @@ def test_a_majority_of_groups_without_verdicts_is_told_once_with_what_became_of_
 
 
 def test_a_trouble_of_the_store_is_told_when_it_begins_and_when_it_is_over():
-    alarms = Alarms(AlgorithmConfig())
+    alarms = Alarms(run_config())
     first, second = "shard-001 is full; make room", "shard-002 is full; make room"
 
     def look(*troubles: str) -> list[str]:
@@ -154,14 +218,14 @@ def test_a_stalled_run_ends_with_what_ails_the_store_and_who_waits_for_what():
 
 
 def test_a_trouble_that_counts_its_seconds_is_the_same_one_all_along():
-    alarms = Alarms(AlgorithmConfig())
+    alarms = Alarms(run_config())
     slow = [STORE | {"troubles": [f"shard-001: a write has taken {seconds} s so far"]} for seconds in (5, 10, 15)]
     assert [len(alarms.look_at(store)) for store in slow] == [1, 0, 0]
     assert alarms.look_at(STORE) == ["it is over: shard-001: a write has taken 15 s so far"]
 
 
 def test_a_shard_that_is_away_is_spoken_of_by_the_one_who_starts_it_again():
-    alarms = Alarms(AlgorithmConfig())
+    alarms = Alarms(run_config())
     away = STORE | {
         "shards": [{"shard": 0, "attached": False, "trouble": "shard 0 is gone"}],
         "troubles": ["shard 0 is gone", "the log's disk is full"],
@@ -170,7 +234,7 @@ def test_a_shard_that_is_away_is_spoken_of_by_the_one_who_starts_it_again():
 
 
 def test_a_multiplier_at_its_ceiling_is_told_once_after_a_while():
-    alarms = Alarms(AlgorithmConfig(delta=0.01, lambda_max=50.0))
+    alarms = Alarms(run_config(algorithm=AlgorithmConfig(delta=0.01, lambda_max=50.0)))
     high = GOOD | {"dual/saturated": 1.0}
     course = [*[high] * (SATURATED_STEPS - 1), GOOD, *[high] * SATURATED_STEPS, GOOD, *[high] * SATURATED_STEPS]
     told = [sentence for metrics in course for sentence in alarms.look(metrics)]

@@ -188,6 +188,8 @@ def test_settings_that_do_less_than_one_thinks_are_noted(load):
     assert load().notes == ()
     [plain] = load("", "learner.minibatches=1").notes
     assert "plain policy gradient" in plain
+    [control] = load("", "learner.lr=0").notes
+    assert control == "learner.lr=0: a control run, in which neither weights nor budget move"
     [none_stale] = load("", "learner.groups_per_step=4", "replay.stale_fraction=0.1").notes
     assert "rounds to no stale group" in none_stale
     [idle] = load("", "rollout.groups_in_flight=20", "replay.max_lag=0").notes

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
+import resource
 import sys
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +28,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from learner import engine
-from learner.checkpoint import newest
+from learner import checkpoint, engine
+from learner.checkpoint import SaveFailed, newest
 from learner.collate import LagViolation
 from learner.config import LearnerConfig
 from learner.engine import init_distributed
+from learner.errors import WeightsNotFinite
 from learner.trainer import LearnerTrainer
 from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.algorithm.reference import ReferenceTrainer
@@ -159,12 +163,15 @@ def trained(directory: Path, **settings):
 
 
 def bad_step(directory: Path, **settings):
-    """One NaN among the behaviour log-probs, as an engine in trouble might report it, then a good batch."""
+    """One NaN among the behaviour log-probs, as damage in memory might make it, then a good batch."""
     trainer = make_trainer(directory / "model", minibatches=1, **settings)
     good = sampled_batches(directory / "model", steps=2)
-    broken = [[trajectory([3, 4], reward=r, logprob=float("nan") if r else -1.0) for r in (0.0, 1.0)]]
+    broken = batch([[trajectory([3, 4], reward=r) for r in (0.0, 1.0)]])
+    # The record itself refuses to be made so.
+    broken.groups[0].group.trajectories[1].behavior_logprob_T[-1] = float("nan")
     before = weights(trainer)
-    bad = trainer.step(batch(broken))
+    with logged() as lines:
+        bad = trainer.step(broken)
     between = weights(trainer)
     after_bad = (trainer.num_optimizer_steps, trainer.budget.lam, trainer.budget.scale, trainer.version)
     fine = trainer.step(good[1])
@@ -176,7 +183,21 @@ def bad_step(directory: Path, **settings):
         "bad_steps_then": fine["learner/bad_steps"],
         "moved_then": largest_gap(between, weights(trainer)),
         "loss_then": fine["step/loss"],
+        "log": lines,
     }
+
+
+@contextmanager
+def logged():
+    """The lines that the learner writes to its log meanwhile."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("learner.trainer").addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logging.getLogger("learner.trainer").removeHandler(handler)
 
 
 def half_bad(directory: Path, **settings):
@@ -189,12 +210,127 @@ def half_bad(directory: Path, **settings):
     before, results = weights(trainer), {}
     for b, (name, loss) in zip(sampled_batches(directory / "model", steps=2), losses.items(), strict=True):
         trainer._objective = loss
-        metrics = trainer.step(b)
+        with logged() as lines:
+            metrics = trainer.step(b)
         results[name] = {
             "bad_steps": metrics["learner/bad_steps"],
             "unchanged": largest_gap(before, weights(trainer)),
+            "cause": lines[0].partition("not finite: ")[2].partition(";")[0],
         }
     return results
+
+
+def broken_weights(directory: Path, **settings):
+    """A weight of the last rank becomes infinite after a step; then one of the model itself is."""
+    checkpoints = directory / f"checkpoints-broken-{settings['zero_stage']}"
+    trainer = make_trainer(directory / "model", **settings)
+    results = {"at_once": refusal(lambda: break_weights(make_trainer(directory / "model", **settings)).publish(len))}
+    run(trainer, sampled_batches(directory / "model", steps=1))
+    trainer.save(checkpoints)
+    run(trainer, sampled_batches(directory / "model", steps=2)[1:])
+    break_weights(trainer)
+    results["published"] = refusal(lambda: trainer.publish(len))
+    results["saved"] = refusal(lambda: trainer.save(checkpoints))
+    return results | {"left": sorted(p.name for p in checkpoints.iterdir())}
+
+
+def break_weights(trainer: LearnerTrainer) -> LearnerTrainer:
+    if trainer.engine.rank == trainer.engine.world_size - 1:
+        parameter = next(iter(trainer.engine._model.parameters()))
+        shard = parameter.ds_tensor if trainer._config.zero_stage == 3 else parameter.data
+        shard.view(-1)[0] = math.inf
+    return trainer
+
+
+def refusal(work) -> str:
+    try:
+        work()
+    except (WeightsNotFinite, SaveFailed, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+def no_room(directory: Path, **settings):
+    """A disk that refuses more than 4 KiB per file, on the last rank or on rank 0; then one with room again."""
+    checkpoints = directory / f"checkpoints-full-{settings['zero_stage']}"
+    trainer = make_trainer(directory / "model", **settings)
+    trainer.save(checkpoints)
+    run(trainer, sampled_batches(directory / "model", steps=1))
+    results, left = {}, []
+    for rank in {0, trainer.engine.world_size - 1}:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if trainer.engine.rank == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            results[f"rank{rank}"] = refusal(lambda: trainer.save(checkpoints))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        left.append(sorted(p.name for p in checkpoints.iterdir()))
+    metrics = run(trainer, sampled_batches(directory / "model", steps=2)[1:])
+    path = trainer.save(checkpoints)
+    return results | {"left": left, "loss_then": metrics[0]["step/loss"], "path_then": path.name}
+
+
+def damaged_checkpoint(directory: Path):
+    """Files of DeepSpeed overwritten in the middle, and a state that lacks λ."""
+    trainer = make_trainer(directory / "model")
+    path = trainer.save(directory / "damaged-checkpoints")
+    [file] = (path / "deepspeed").glob("*model_states.pt")
+    sound = file.read_bytes()
+    results = {}
+    for name, content in {
+        "overwritten": sound[:200] + bytes(len(sound) - 200),
+        "text": b"x" * len(sound),
+    }.items():
+        file.write_bytes(content)
+        results[name] = refusal(lambda: make_trainer(directory / "model").load(path))
+    file.write_bytes(sound)
+    state = json.loads((path / "trainer.json").read_text())
+    checkpoint.begin(path.parent, 0)
+    (checkpoint.temporary_path(path.parent, 0) / "deepspeed").mkdir()
+    del state["budget"]
+    checkpoint.commit(path.parent, 0, state)
+    return results | {"lacking": refusal(lambda: make_trainer(directory / "model").load(path))}
+
+
+def changed_on_resume(directory: Path):
+    """A checkpoint loaded by a learner with another optimiser and another dual, as ``--allow-change`` lets one."""
+    trainer = make_trainer(directory / "model")
+    run(trainer, sampled_batches(directory / "model", steps=2))
+    path = trainer.save(directory / "changed-checkpoints")
+    changed = dataclasses.replace(EVERY_STEP, dual="fixed", lambda_init=0.7)
+    again = make_trainer(
+        directory / "model", algorithm=changed, weight_decay=0.5, adam_beta1=0.8, adam_beta2=0.9, adam_eps=1e-4
+    )
+    with logged() as lines:
+        again.load(path)
+    [group] = again.engine._optimizer.param_groups
+    return {
+        "optimizer": [group["weight_decay"], *group["betas"], group["eps"]],
+        "moments": largest_gap(moments(trainer), moments(again)),
+        "lambda": again.budget.lam,
+        "log": lines,
+    }
+
+
+def moments(trainer: LearnerTrainer) -> dict[str, torch.Tensor]:
+    """Adam's first moments."""
+    return {str(i): state["exp_avg"] for i, state in trainer.engine._optimizer.state_dict()["state"].items()}
+
+
+def control(directory: Path, **settings):
+    """A learning rate of 0, with weight decay: nothing may move."""
+    trainer = make_trainer(directory / "model", lr=0.0, algorithm=AlgorithmConfig(), passes=2, exact=False, **settings)
+    before = weights(trainer)
+    metrics = run(trainer, sampled_batches(directory / "model", steps=4))
+    return {
+        "moved": largest_gap(before, weights(trainer)),
+        "second_moment": max(m["dual/second_moment_max"] for m in metrics),
+        "scale": metrics[-1]["control/scale"],
+        "lambda": metrics[-1]["dual/lambda"],
+        "optimizer_steps": [m["learner/optimizer_steps"] for m in metrics],
+        "lr": metrics[-1]["step/lr"],
+    }
 
 
 def empty_minibatches(directory: Path, **settings):
@@ -367,6 +503,11 @@ SCENARIOS = {
     "refused-checkpoint": (refused_checkpoint, {}),
     **{f"published-zero{stage}": (published, {"zero_stage": stage}) for stage in (0, 3)},
     "published-bfloat16": (published, {"dtype": "bfloat16"}),
+    **{f"broken-weights-zero{stage}": (broken_weights, {"zero_stage": stage}) for stage in (0, 2, 3)},
+    **{f"no-room-zero{stage}": (no_room, {"zero_stage": stage}) for stage in (0, 2, 3)},
+    "damaged-checkpoint": (damaged_checkpoint, {}),
+    "changed-on-resume": (changed_on_resume, {}),
+    **{f"control-zero{stage}": (control, {"zero_stage": stage}) for stage in (0, 3)},
     "dropout": (dropout, {}),
     "masks": (masks, {}),
     "violations": (violations, {}),

@@ -169,8 +169,70 @@ def test_what_a_killed_process_had_pinned_goes_with_the_next_pin_and_what_is_hel
         os.close(held)
 
 
-def test_the_state_of_a_checkpoint_whose_removal_has_begun_is_refused(tmp_path):
+def test_the_state_of_a_checkpoint_that_is_removed_meanwhile_is_refused_as_such(tmp_path, monkeypatch):
     path = write(tmp_path, 50)
-    (path / "trainer.json").unlink()
+    real = checkpoint._read_object
+
+    def remove_after_the_marker(file):
+        value = real(file)
+        if file.name == "COMPLETE":
+            checkpoint._remove(path)
+        return value
+
+    monkeypatch.setattr(checkpoint, "_read_object", remove_after_the_marker)
     with pytest.raises(ValueError, match="step-000050 is not there, or was removed while it was read"):
         checkpoint.read_state(path)
+
+
+DAMAGES = {
+    "weights is damaged (it is missing)": lambda path: (path / "weights").unlink(),
+    "weights is damaged (7 bytes instead of 13)": lambda path: os.truncate(path / "weights", 7),
+    "trainer.json is damaged (it is missing)": lambda path: (path / "trainer.json").unlink(),
+    "trainer.json is damaged (5 bytes instead of 17)": lambda path: os.truncate(path / "trainer.json", 5),
+    "trainer.json is damaged (no JSON: Expecting": lambda path: (path / "trainer.json").write_text("{" * 17),
+    "trainer.json is damaged (no JSON: 'utf-8'": lambda path: (path / "trainer.json").write_bytes(b"\xff" * 17),
+    "trainer.json is damaged (no version in it)": lambda path: (path / "trainer.json").write_text("{%s}" % (" " * 15)),
+    "COMPLETE is damaged (no JSON": lambda path: (path / "COMPLETE").write_text("yes"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_damage_to_a_complete_checkpoint_is_named_with_the_way_on(tmp_path, what):
+    for step in (999_999, 1_000_000):
+        checkpoint.begin(tmp_path, step)
+        (checkpoint.temporary_path(tmp_path, step) / "weights").write_text("13 characters")
+        path = checkpoint.commit(tmp_path, step, {"version": 5})
+    assert (path / "trainer.json").stat().st_size == 17
+    DAMAGES[what](path)
+    with pytest.raises(checkpoint.DamagedCheckpoint) as caught:
+        checkpoint.read_state(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}/{what}")
+    assert message.endswith(f"; restore it, or remove {path} to go on from step-999999")
+    shutil.rmtree(path)
+    (tmp_path / "step-999999" / "weights").unlink()
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="to begin without it"):
+        checkpoint.read_state(tmp_path / "step-999999")
+
+
+def test_a_checkpoint_from_before_the_marker_listed_files_is_read(tmp_path):
+    path = write(tmp_path, 50)
+    (path / "COMPLETE").write_text("")
+    assert checkpoint.read_state(path) == {"version": 50}
+
+
+def test_checkpoints_at_multiples_stay_for_good_and_only_the_newest_count_for_a_resume(tmp_path):
+    for step in range(10, 80, 10):
+        write(tmp_path, step)
+        checkpoint.prune(tmp_path, keep=2, keep_every=20)
+    assert list(checkpoint.complete(tmp_path)) == [20, 40, 60, 70]
+    assert checkpoint.resumable(tmp_path, keep=2) == {60: tmp_path / "step-000060", 70: tmp_path / "step-000070"}
+    assert list(checkpoint.resumable(tmp_path, keep=9)) == [20, 40, 60, 70]
+
+
+def test_a_discarded_attempt_leaves_nothing(tmp_path):
+    write(tmp_path, 50)
+    checkpoint.begin(tmp_path, 60)
+    (checkpoint.temporary_path(tmp_path, 60) / "weights").write_text("half")
+    checkpoint.discard(tmp_path, 60)
+    assert names(tmp_path) == ["step-000050"]

@@ -22,6 +22,10 @@ TWO_RANKS = [
     "trained-early",
     "bad-step-zero0",
     "bad-step-zero3",
+    "broken-weights-zero2",
+    "broken-weights-zero3",
+    "no-room-zero0",
+    "no-room-zero3",
     "empty-zero3",
     "resumed-zero3",
     "published-zero3",
@@ -170,12 +174,64 @@ def assert_survived(result):
     assert result["bad_steps_then"] == 0
     assert result["moved_then"] > 1e-5
     assert np.isfinite(result["loss_then"])
+    assert result["log"] == [
+        "learner step 0: optimiser step 1 of 1 was discarded, not finite: behaviour log-prob of 1 token; loss nan, "
+        "gradient norm nan; groups (prompts): 0 (0.0)"
+    ]
 
 
 @pytest.mark.parametrize("part", ["loss", "gradient"])
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_step_is_discarded_if_either_its_loss_or_its_gradient_is_not_finite(one_rank, stage, part):
-    assert one_rank[f"half-bad-zero{stage}"][part] == {"bad_steps": 1, "unchanged": 0}
+    assert one_rank[f"half-bad-zero{stage}"][part] == {"bad_steps": 1, "unchanged": 0, "cause": part}
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (1, 2), (1, 3), (2, 2), (2, 3)])
+def test_weights_that_are_not_finite_are_neither_published_nor_saved(request, ranks, stage):
+    results = request.getfixturevalue("one_rank" if ranks == 1 else "two_ranks")[f"broken-weights-zero{stage}"]
+    assert results["at_once"].startswith("WeightsNotFinite: model.path=")
+    for use in ("published", "saved"):
+        assert results[use].startswith("WeightsNotFinite: version 2 of the weights holds numbers that are not finite")
+    assert results["left"] == ["step-000001"]
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (1, 2), (1, 3), (2, 0), (2, 3)])
+def test_a_checkpoint_for_which_there_is_no_room_leaves_the_earlier_one_and_a_learner_that_goes_on(
+    request, ranks, stage
+):
+    results = request.getfixturevalue("one_rank" if ranks == 1 else "two_ranks")[f"no-room-zero{stage}"]
+    for rank in {0, ranks - 1}:
+        if (rank, stage) != (1, 0):  # with stage 0 rank 0 alone writes
+            sentence = f"SaveFailed: the checkpoint of version 1 was not written (rank {rank}: "
+            assert results[f"rank{rank}"].startswith(sentence)
+    assert all(left == ["step-000000"] or stage == 0 for left in results["left"])
+    assert np.isfinite(results["loss_then"])
+    assert results["path_then"] == "step-000002"
+
+
+def test_a_damaged_checkpoint_is_refused_by_name_and_with_a_way_on(one_rank):
+    results = one_rank["damaged-checkpoint"]
+    for part in ("overwritten", "text"):
+        assert "damaged-checkpoints/step-000000/deepspeed/mp_rank_00_model_states.pt is damaged" in results[part]
+    assert "step-000000 is damaged (its state lacks 'budget'); restore it, or remove " in results["lacking"]
+
+
+def test_a_learner_with_other_settings_goes_on_from_a_checkpoint_with_them(one_rank):
+    result = one_rank["changed-on-resume"]
+    assert result["optimizer"] == [0.5, 0.8, 0.9, 1e-4]
+    assert result["moments"] == 0
+    assert result["lambda"] == 0.7
+    [line] = result["log"]
+    assert line.startswith("the budget starts anew: the state of the dual has the entries ['lam', 'smoothed']")
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_with_a_learning_rate_of_0_nothing_moves_and_no_actuator_acts(one_rank, stage):
+    result = one_rank[f"control-zero{stage}"]
+    assert result["moved"] == 0
+    assert result["second_moment"] < 1e-10  # rounding: the two forward passes are packed differently
+    assert (result["scale"], result["lambda"], result["lr"]) == (1, 0.5, 0)
+    assert result["optimizer_steps"] == [6, 6, 6, 6]  # 3 minibatches, twice
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (1, 3), (2, 3)])

@@ -20,6 +20,10 @@ any_json = st.recursive(
 )
 
 
+finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
+"""None in its place is any bits."""
+
+
 @st.composite
 def trajectories(draw):
     length = draw(st.integers(0, 6))
@@ -31,7 +35,7 @@ def trajectories(draw):
     return Trajectory(
         token_ids_T=array(np.int32),
         loss_mask_T=array(np.bool_),
-        behavior_logprob_T=array(np.float32),  # any bits, NaN and -0.0 included
+        behavior_logprob_T=array(np.float32, finite if outcome.has_reward else None),  # -0.0 included
         version_T=array(np.int32, st.integers(5, 9)),
         outcome=outcome,
         reward=draw(st.floats(allow_nan=False, allow_infinity=False)) if outcome.has_reward else None,

@@ -73,6 +73,17 @@ async def test_every_acknowledged_key_is_said_for_whoever_listens(world, caplog)
     assert sorted(caplog.messages) == ["acknowledged 0.3", "acknowledged 0.4"]
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+async def test_a_log_prob_that_is_no_finite_number_is_an_error_whatever_the_verdict(world, caplog, number):
+    world.engine.logprobs[1] = number
+    await world.start(3)
+    await until(lambda: world.store.groups)
+    [group] = world.store.groups
+    assert [(t.outcome, t.reward) for t in group.trajectories] == [(Outcome.ERROR, None)] * 2
+    assert caplog.messages == ["no reward (error): the engine reported a log-prob that is not a finite number"]
+    assert not group.has_signal
+
+
 async def test_before_the_first_verified_weights_nothing_is_asked_for(world):
     await world.store.grant(1)
     await settle()

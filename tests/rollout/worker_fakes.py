@@ -65,7 +65,7 @@ def tokenize(text: str) -> list[int]:
 
 
 class FakeEngine:
-    """Member i answers with tokens [50, 60 + i] at log-probs [-0.5, -0.25], under the version that is loaded."""
+    """Member i answers with tokens [50, 60 + i] at ``logprobs``, under the version that is loaded."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -78,6 +78,7 @@ class FakeEngine:
         self.loads: list[tuple[int, list[bytes]]] = []
         self.is_paused = False
         self.error: Exception | None = None
+        self.logprobs = [-0.5, -0.25]
         self.dead = asyncio.Event()
         self.probes: list[float] = []
         self.is_wedged = False
@@ -91,7 +92,7 @@ class FakeEngine:
             Completion(
                 text=f"answer {i}",
                 token_ids_T=np.array([50, 60 + i], dtype=np.int32),
-                logprob_T=np.array([-0.5, -0.25], dtype=np.float32),
+                logprob_T=np.array(self.logprobs, dtype=np.float32),
                 version_T=np.full(2, self.version, dtype=np.int32),
                 truncated=i == 1,
             )

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from r2vpo.job import job_commands, plan, remote, replay_commands, replay_step, submit
-from r2vpo.job.config import RunConfig, check_resumable, load_config, to_yaml
+from r2vpo.job.config import RunConfig, load_config, to_yaml
 from r2vpo.job.find_run import add_run_arguments, run_dir_of
 from r2vpo.job.history import record_start
 from r2vpo.job.preflight import preflight
 from r2vpo.job.readings import near_path
+from r2vpo.job.resume import Changes, changes_text, check_resumable
 from r2vpo.job.run_report import FINISHED, look
 from r2vpo.job.rundir import RunDir, occupied
 from r2vpo.job.settings import ConfigError
@@ -116,6 +117,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     how = train.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on with the run of this name from its newest checkpoint")
     how.add_argument("--next-free", action="store_true", help="take the next free NAME-1, NAME-2, … as the run's name")
+    _add_allow_change(train)
     commands.add_parser(
         "config",
         parents=[shared],
@@ -150,6 +152,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add_run_arguments(resume)
     remote.add_resume_arguments(resume)
     resume.add_argument("overrides", nargs="*", metavar="key=value", help="changes a setting, as of train")
+    _add_allow_change(resume)
     replay_step.add_arguments(
         commands.add_parser(
             "replay-step",
@@ -182,6 +185,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+def _add_allow_change(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="go on although this setting, such as learner.lr, is not what it was; may be given again for others",
+    )
+
+
 def _show_config(arguments: argparse.Namespace) -> int:
     """``r2vpo config``."""
     print(to_yaml(load_config(arguments.config, arguments.overrides)), end="")
@@ -191,18 +204,23 @@ def _show_config(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     """``r2vpo train``: check, take the run's folder, hand over to the driver."""
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.allow_change and not arguments.resume:
+        raise ConfigError(f"--allow-change {arguments.allow_change[0]} goes with --resume: a new run takes any setting")
     if not arguments.resume and not arguments.next_free and (Path(config.run_dir) / config.name).exists():
         raise occupied(Path(config.run_dir) / config.name)
     facts = preflight(config)
     warnings = check_stack()
-    with _take(config, resume=arguments.resume, next_free=arguments.next_free) as run:
+    run, changes = _take(config, arguments)
+    with run:
         config = replace(config, name=run.name)
         if arguments.next_free:
             print(f"run {run.name} (the next free name)", flush=True)
         for sentence in (*warnings, *config.notes, *facts.notes):
             print(f"r2vpo: note: {sentence}", file=sys.stderr)
+        if changes:
+            print(f"r2vpo: note: changed from here on: {changes_text(changes)}", file=sys.stderr)
         # First: it refuses a damaged checkpoint, and the settings must then be what they were.
-        record_start(run, config, resume=arguments.resume, num_prompts=facts.num_prompts)
+        record_start(run, config, resume=arguments.resume, num_prompts=facts.num_prompts, changes=changes)
         run.write_config(to_yaml(config))
         os.environ.update(config.ray.environment())
         from r2vpo.job.driver import run_job  # brings Ray: only now
@@ -223,20 +241,19 @@ def _resume(arguments: argparse.Namespace) -> int:
     return _train(arguments)
 
 
-def _take(config: RunConfig, *, resume: bool, next_free: bool) -> RunDir:
-    """The folder of the run, locked for this process."""
+def _take(config: RunConfig, arguments: argparse.Namespace) -> tuple[RunDir, Changes]:
+    """The folder of the run, locked for this process, and what changes in the run's meaning."""
     root = Path(config.run_dir)
-    if next_free:
-        return RunDir.create_next(root, config.name)
-    if not resume:
-        return RunDir.create(root, config.name)
+    if arguments.next_free:
+        return RunDir.create_next(root, config.name), {}
+    if not arguments.resume:
+        return RunDir.create(root, config.name), {}
     run = RunDir.open(root, config.name)
     try:
-        check_resumable(load_config(run.config), config)
+        return run, check_resumable(run, config, allowed=arguments.allow_change)
     except ConfigError:
         run.close()
         raise
-    return run
 
 
 def _version() -> str:

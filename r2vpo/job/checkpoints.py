@@ -57,7 +57,8 @@ class Checkpoints:
     async def write(self, step: int, save: Callable[[Path], Awaitable[None]]) -> bool:
         """Have ``save`` write the checkpoint of ``step``, unless it is there. False if that failed, which is noted.
 
-        ``save`` is given the directory of all checkpoints. ``SaveFailed`` once ``MAX_FAILURES`` attempts in a row have failed.
+        ``save`` is given the directory of all checkpoints. ``SaveFailed`` once ``MAX_FAILURES`` attempts in a row have
+        failed.
         """
         if step == self.saved_step:
             return True

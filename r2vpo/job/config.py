@@ -16,7 +16,7 @@ from learner.config import LearnerConfig
 from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.checks import require
 from r2vpo.job.ray_address import token_environment
-from r2vpo.job.settings import ConfigError, dump, leaves, load
+from r2vpo.job.settings import ConfigError, dump, load
 from replay.config import ReplayConfig
 from rollout.config import RolloutConfig, TaskConfig
 
@@ -273,29 +273,6 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def to_yaml(config: RunConfig) -> str:
     """The resolved settings as YAML; ``load_config`` reads it back to an equal ``RunConfig``."""
     return dump(config)
-
-
-SAME_ON_RESUME = (
-    "seed",
-    "model.path",
-    "task.name",
-    "task.path",
-    "task.eval_path",
-    "task.split",
-    "task.options",
-    "replay.shards",
-)
-
-
-def check_resumable(old: RunConfig, new: RunConfig) -> None:
-    """Refuse to continue a run as another one: prompts, seed, model and files stay. Raises ``ConfigError``."""
-    before, after = dict(leaves(old)), dict(leaves(new))
-    for key in SAME_ON_RESUME:
-        if before[key] != after[key]:
-            raise ConfigError(
-                f"--resume: {key}={after[key]}, but run {old.name} was started with {key}={before[key]}; "
-                "keep it, or start another run with name=…"
-            )
 
 
 def _located(key: str, text: str, homes: Sequence[Path]) -> str:

@@ -12,9 +12,10 @@ import platform
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from learner.checkpoint import newest, read_state
 from r2vpo.job.config import RunConfig, load_config, to_yaml
@@ -44,6 +45,9 @@ class Start:
     num_prompts: int | None = None
     """Prompts of one epoch of the task; None where it was not noted."""
 
+    changes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Old and new value of the settings by which the run means something else from here on, as was allowed."""
+
     def config(self) -> RunConfig:
         """The settings as a ``RunConfig``. ``ConfigError`` if this version of R²VPO does not know them."""
         with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
@@ -59,11 +63,15 @@ class Start:
                 ) from error
 
 
-def record_start(run: RunDir, config: RunConfig, *, resume: bool, num_prompts: int | None = None) -> None:
-    """Add a start to the history: from the run's newest checkpoint if it is resumed, else at step 0.
-
-    ``ConfigError`` if that checkpoint is damaged.
-    """
+def record_start(
+    run: RunDir,
+    config: RunConfig,
+    *,
+    resume: bool,
+    num_prompts: int | None = None,
+    changes: Mapping[str, Sequence[Any]] | None = None,
+) -> None:
+    """Add a start to the history: from the run's newest checkpoint if it is resumed, else at step 0."""
     checkpoint = newest(run.checkpoints) if resume else None
     try:
         step = read_state(checkpoint)["version"] if checkpoint else 0
@@ -75,6 +83,7 @@ def record_start(run: RunDir, config: RunConfig, *, resume: bool, num_prompts: i
         settings=to_yaml(config),
         environment=environment(),
         num_prompts=num_prompts,
+        changes=changes or {},
     )
     path = run.path / NAME
     earlier = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -82,7 +91,7 @@ def record_start(run: RunDir, config: RunConfig, *, resume: bool, num_prompts: i
 
 
 def read_starts(run: RunDir) -> list[Start]:
-    """Every start, in the order of time; empty if the run has no history."""
+    """Every start, in the order of time; empty if the run has no history. ``ConfigError`` if it cannot be read."""
     path = run.path / NAME
     if not path.exists():
         return []

@@ -145,10 +145,11 @@ class _Remote:
             )
         where = Path(self._path)
         name, run_dir = where.name, str(where.parent)
+        allowed = [part for key in self._arguments.allow_change for part in ("--allow-change", key)]
         with tempfile.TemporaryDirectory(prefix="r2vpo-ship-") as folder:
             sealed, pad = seal(passed_on(self._arguments.env), Path(folder))
             job = self._server.submit(
-                ["r2vpo.job.arrive", "--resume", self._path, *self._arguments.overrides],
+                ["r2vpo.job.arrive", "--resume", self._path, *allowed, *self._arguments.overrides],
                 name=name,
                 modules=[*ship_code(Path(folder)), *pad],
                 metadata={RUN: name, RUN_DIR: run_dir},

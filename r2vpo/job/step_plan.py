@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from learner.checkpoint import complete, read_state
+from learner.checkpoint import DamagedCheckpoint, complete, read_state
 from r2vpo.job.config import RayConfig, RunConfig, load_config
 from r2vpo.job.history import Start, environment, read_starts, start_of_step
 from r2vpo.job.rundir import RunDir
@@ -159,6 +159,8 @@ def _check_fit(checkpoint: Path, config: RunConfig) -> None:
     """Refuse a checkpoint that was written with other settings, such as after an edit of config.yaml."""
     try:
         state = read_state(checkpoint)
+    except DamagedCheckpoint as error:
+        raise ConfigError(str(error)) from None
     except ValueError:
         raise removed_meanwhile(checkpoint) from None
     learner = config.learner

@@ -90,8 +90,8 @@ def swapped(run: RunDir) -> None:
 
 
 def two_ranks(run: RunDir) -> None:
-    file = checkpoint.final_path(run.checkpoints, 1) / "trainer.json"
-    file.write_text(json.dumps(STATE | {"version": 1, "ranks": 2}))
+    checkpoint.begin(run.checkpoints, 1)
+    checkpoint.commit(run.checkpoints, 1, STATE | {"version": 1, "ranks": 2})
 
 
 STATS, VERIFY = ("replay", "stats", "RUN"), ("replay", "verify", "RUN")
@@ -115,9 +115,9 @@ CHECKPOINTS = [
     Row("state cut off", spoilt(cut(NEWEST, 0.5), *RESUME), "step-000002/trainer.json is damaged"),
     Row("changed settings", spoilt(cut(NEWEST, 0.5), *RESUME, "learner.lr=1e-3"), "trainer.json is damaged"),
     Row("state empty", spoilt(written(NEWEST, ""), *RESUME), "trainer.json is damaged"),
-    Row("state a list", spoilt(written(NEWEST, "[]"), *RESUME), "trainer.json is damaged (no version in it)"),
+    Row("state a list", spoilt(written(NEWEST, "[]"), *RESUME), "trainer.json is damaged"),
     Row("state binary", spoilt(written(NEWEST, b"\x80\x04\xff"), *RESUME), "trainer.json is damaged"),
-    Row("state missing", spoilt(gone(NEWEST), *RESUME), "step-000002 is not there, or was removed"),
+    Row("state missing", spoilt(gone(NEWEST), *RESUME), "trainer.json is damaged (it is missing)"),
     Row("of two ranks", spoilt(two_ranks, *AGAIN), "learner.ranks=1 in the run's settings, but"),
     Row("none", spoilt(nothing, *AGAIN, "--checkpoint", "configs"), "is not a complete checkpoint (no file COMPLETE)"),
     Row("too late", spoilt(nothing, *AGAIN[:3], "0", "--checkpoint", "runs/toy/checkpoints/step-000002"), "too late"),
@@ -125,7 +125,7 @@ CHECKPOINTS = [
     Row("half a step", spoilt(nothing, "replay-step", "RUN", "--step", "1.5"), "1.5 is not the number of a step"),
     Row("history cut off", spoilt(cut("history.jsonl", 0.5), *AGAIN), "history.jsonl is damaged"),
     Row("metrics damaged", spoilt(written("metrics.jsonl", "{\n{}\n"), *AGAIN), "metrics.jsonl, line 1 is damaged"),
-    Row("another seed", spoilt(nothing, *RESUME, "seed=3"), "seed=3, but run toy was started with seed=0"),
+    Row("another seed", spoilt(nothing, *RESUME, "seed=3"), "--resume: seed=3 (was 0), but the order of prompts"),
     Row("another model", spoilt(nothing, *RESUME, "model.path=/no/such"), "model.path=/no/such does not exist"),
 ]
 ROWS = [*STORES, *CHECKPOINTS]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from r2vpo.job.config import RunConfig
+from r2vpo.job.resume import OnResume, on_resume
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 HEAD = """\
@@ -24,13 +25,17 @@ A YAML file holds the sections, and `key=value` on the command line changes sing
 
 `r2vpo config CONFIG.yaml [key=value …]` prints all settings of a run as it would have them, checked. YAML is read with
 the scalars of version 1.2: `off` is a word, `1e-6` a number. An unknown key is an error that names the nearest one.
+
+`on resume` says what becomes of a changed value when a run goes on (`--resume`): a `free` one is taken; an `asked` one,
+by which the run would mean something else from there on, is refused unless `--allow-change KEY` names it, and is then
+recorded in `history.jsonl`; a `fixed` one is refused, since the store, the prompts or the checkpoint depend on it.
 """
 NAMES = {str: "text", int: "integer", float: "number", bool: "true, false", dict: "mapping", types.NoneType: "null"}
 
 
-def page(schema: type = RunConfig) -> str:
+def page(schema: type = RunConfig, class_of: Callable[[str], OnResume] = on_resume) -> str:
     """The whole page: one table for what stands at the top level, then one per section."""
-    tables = "\n".join("\n".join(_table(*section)) for section in _sections(schema))
+    tables = "\n".join("\n".join(_table(*section, class_of)) for section in _sections(schema))
     return f"{HEAD}\n{tables}"
 
 
@@ -43,14 +48,15 @@ def _sections(schema: type, prefix: str = "") -> Iterator[tuple[type, str]]:
             yield from _sections(hint, f"{prefix}{name}.")
 
 
-def _table(schema: type, prefix: str) -> Iterator[str]:
+def _table(schema: type, prefix: str, class_of: Callable[[str], OnResume]) -> Iterator[str]:
     """The lines of one section."""
     hints, sentences = get_type_hints(schema), dict(_sentences(schema))
     yield from (f"## {prefix.rstrip('.') or 'Top level'}", "", inspect.getdoc(schema) or "", "")
-    yield from ("| setting | type | default | meaning |", "|---|---|---|---|")
+    yield from ("| setting | type | default | on resume | meaning |", "|---|---|---|---|---|")
     for item in fields(schema):
         if not is_dataclass(hints[item.name]):
-            cells = (f"`{prefix}{item.name}`", _type(hints[item.name]), _default(item), sentences[item.name])
+            key = f"{prefix}{item.name}"
+            cells = (f"`{key}`", _type(hints[item.name]), _default(item), class_of(key).value, sentences[item.name])
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     yield ""
 

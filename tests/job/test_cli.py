@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from learner import checkpoint
 from r2vpo import cli
 from r2vpo.job.config import load_config
+from r2vpo.job.history import read_starts
 from r2vpo.job.settings import ConfigError
 
 HEAVY = {"ray", "torch", "vllm", "transformers", "deepspeed", "wandb"}
@@ -42,6 +44,7 @@ def refused(driver, capsys, runs):
         (["learner.minibatches=17"], ["learner.minibatches=17", "learner.groups_per_step=16"]),
         (["rollout.max_model_len=65"], ["rollout.max_model_len=65 exceeds the 64 positions"]),
         (["--resume"], ["there is no run", "start it without --resume"]),
+        (["--allow-change", "learner.lr"], ["--allow-change learner.lr goes with --resume"]),
         (["--resume", "--next-free"], ["--next-free", "not allowed with", "--resume"]),
         (["--lr=3"], ["unknown option --lr (settings", "key=value"]),
         (["steps"], ["steps is not an override"]),
@@ -95,9 +98,45 @@ def test_resume_goes_on_with_changed_settings_but_not_as_another_run(driver, rec
     assert (config.learner.steps, resume) == (500, True)
     assert load_config(run.config).learner.steps == 500
     assert cli.main(["train", str(run.config), "--resume", "seed=3"]) == 2
-    assert "seed=3, but run toy was started with seed=0" in capsys.readouterr().err
+    assert "--resume: seed=3 (was 0), but the order of prompts" in capsys.readouterr().err
     assert load_config(run.config).seed == 0
     assert len(driver.calls) == 2
+
+
+def test_a_change_of_what_the_run_means_is_taken_once_it_is_allowed_by_name(driver, recipe, runs, capsys):
+    cli.main(["train", str(recipe)])
+    change = ["learner.lr=1e-5", "rollout.temperature=0.5"]
+    assert cli.main(["train", str(recipe), "--resume", *change]) == 2
+    refusal = capsys.readouterr().err
+    assert "learner.lr=1e-05 (was 1e-06)" in refusal
+    flags = refusal.rpartition("add ")[2].split()
+    assert flags == ["--allow-change", "rollout.temperature", "--allow-change", "learner.lr"]
+    assert cli.main(["train", str(recipe), "--resume", *change, *flags]) == 0
+    assert "note: changed from here on: rollout.temperature=0.5 (was 1.0), learner.lr=1e-05 (was 1e-06)" in (
+        capsys.readouterr().err
+    )
+    config, run, _ = driver.calls[-1]
+    assert config.learner.lr == 1e-5
+    assert [dict(start.changes) for start in read_starts(run)] == [
+        {},
+        {"rollout.temperature": [1.0, 0.5], "learner.lr": [1e-6, 1e-5]},
+    ]
+    assert cli.main(["train", str(run.config), "--resume"]) == 0, "what was allowed once is the run's setting now"
+
+
+def test_a_damaged_checkpoint_is_named_before_anything_starts(driver, recipe, runs, capsys):
+    cli.main(["train", str(recipe)])
+    checkpoints = runs / "toy" / "checkpoints"
+    for step in (4, 8):
+        checkpoint.begin(checkpoints, step)
+        checkpoint.commit(checkpoints, step, {"version": step})
+    (checkpoints / "step-000008" / "trainer.json").write_text("{")
+    assert cli.main(["train", str(recipe), "--resume"]) == 2
+    message = capsys.readouterr().err
+    assert "step-000008/trainer.json is damaged (1 bytes instead of 17)" in message
+    assert "to go on from step-000004" in message
+    assert len(driver.calls) == 1
+    assert [start.step for start in read_starts(driver.calls[0][1])] == [0]
 
 
 def test_next_free_counts_up_and_says_so(driver, recipe, runs, capsys):

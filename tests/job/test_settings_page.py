@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from r2vpo.job.config import ModelConfig, RunConfig
+from r2vpo.job.resume import OnResume
 from r2vpo.job.settings import leaves
 from tests.job.settings_page import PAGE, page
 
@@ -14,7 +15,7 @@ class Inner:
     """An example."""
 
     size: float | None = 0.5
-    """How large (m); `a|b` or null, in a sentence
+    """How large (m); `a|b` or null, in words
     over two lines."""
 
 
@@ -43,22 +44,22 @@ def test_every_setting_of_a_run_has_one_row():
 
 
 def test_a_section_becomes_a_table():
-    assert page(Outer).partition("## ")[2] == (
+    assert page(Outer, lambda key: OnResume.FREE).partition("## ")[2] == (
         "Top level\n"
         "\n"
         "The whole example.\n"
         "\n"
-        "| setting | type | default | meaning |\n"
-        "|---|---|---|---|\n"
-        "| `name` | text | required | What it is called. |\n"
-        "| `flag` | true, false | `false` | Whether. |\n"
-        "| `options` | mapping | `{}` | More. |\n"
+        "| setting | type | default | on resume | meaning |\n"
+        "|---|---|---|---|---|\n"
+        "| `name` | text | required | free | What it is called. |\n"
+        "| `flag` | true, false | `false` | free | Whether. |\n"
+        "| `options` | mapping | `{}` | free | More. |\n"
         "\n"
         "## inner\n"
         "\n"
         "An example.\n"
         "\n"
-        "| setting | type | default | meaning |\n"
-        "|---|---|---|---|\n"
-        "| `inner.size` | number or null | `0.5` | How large (m); `a\\|b` or null, in a sentence over two lines. |\n"
+        "| setting | type | default | on resume | meaning |\n"
+        "|---|---|---|---|---|\n"
+        "| `inner.size` | number or null | `0.5` | free | How large (m); `a\\|b` or null, in words over two lines. |\n"
     )

@@ -174,10 +174,11 @@ def assert_survived(result):
     assert result["bad_steps_then"] == 0
     assert result["moved_then"] > 1e-5
     assert np.isfinite(result["loss_then"])
-    assert result["log"] == [
+    [line] = result["log"]
+    assert line.startswith(
         "learner step 0: optimiser step 1 of 1 was discarded, not finite: behaviour log-prob of 1 token; loss nan, "
-        "gradient norm nan; groups (prompts): 0 (0.0)"
-    ]
+    )
+    assert line.endswith("; groups (prompts): 0 (0.0)")
 
 
 @pytest.mark.parametrize("part", ["loss", "gradient"])

@@ -14,7 +14,7 @@ import time
 
 from benchmarks.table import Row, run_part, table, write
 
-PARTS = ("submit",)
+PARTS = ("submit", "scale")
 
 
 def main(parts: list[str]) -> int:

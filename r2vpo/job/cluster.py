@@ -38,6 +38,8 @@ class Cluster:
     """Whether engines and learner run on GPUs."""
     home: Path | None
     """The folder for the files of a private Ray; it goes when the job ends."""
+    time_shares: bool = False
+    """Whether actors reserve no CPU: those of one machine share its cores, and more may always come."""
 
     def is_exact(self, config: RunConfig) -> bool:
         """Whether engine and learner both compute in float32, so that their log-probs differ by rounding only."""
@@ -47,7 +49,7 @@ class Cluster:
     def options(self, num_cpus: float, num_gpus: float | None, *, gpus_each: int = 1) -> dict[str, Any]:
         """Ray resources of one actor; ``num_gpus=None`` is ``gpus_each`` where there are GPUs, else none."""
         gpus = (gpus_each if self.on_gpu else 0) if num_gpus is None else num_gpus
-        return {"num_cpus": num_cpus, "num_gpus": gpus}
+        return {"num_cpus": 0 if self.time_shares else num_cpus, "num_gpus": gpus}
 
 
 def open_cluster(config: RunConfig, logs: Path) -> Cluster:
@@ -63,7 +65,7 @@ def open_cluster(config: RunConfig, logs: Path) -> Cluster:
         _join(config.ray.address, common)
         return _check_supply(config, need_cpus, None)
     home = make_home(logs)
-    # CPUs of a private Ray are a book-keeping entry: a small machine time-shares its cores among the actors.
+    # CPUs of a private Ray are a book-keeping entry; Ray starts a process for each at once, so no more than are needed.
     cpus = config.ray.num_cpus or max(os.cpu_count() or 1, need_cpus)
     ray.init(
         address="local",
@@ -122,7 +124,8 @@ def _remove_home(logs: Path, *, keep_logs: bool) -> None:
 
 def _check_supply(config: RunConfig, need_cpus: float, home: Path | None) -> Cluster:
     supply = ray.cluster_resources()
-    cluster = Cluster(on_gpu=supply.get("GPU", 0) > 0, home=home)
+    time_shares = home is not None and config.ray.num_cpus is None
+    cluster = Cluster(on_gpu=supply.get("GPU", 0) > 0, home=home, time_shares=time_shares)
     rollout = cluster.options(0, config.rollout.num_gpus, gpus_each=config.rollout.tensor_parallel_size)["num_gpus"]
     learner = cluster.options(0, config.learner.num_gpus)["num_gpus"]
     need_gpus = config.rollout.workers * rollout + config.learner.ranks * learner

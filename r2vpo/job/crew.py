@@ -9,13 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import ray
-
 from r2vpo.job.cluster import Cluster
 from r2vpo.job.component import Component
 from r2vpo.job.config import RunConfig
 from r2vpo.job.links import ReplayLink, WeightLink
-from r2vpo.job.processes import Families
+from r2vpo.job.processes import Families, host_of
 from r2vpo.job.status import ComponentStatus
 from r2vpo.records import NO_VERSION, RolloutStats, SyncRecord
 from rollout.actor import RolloutActor
@@ -37,6 +35,9 @@ class Worker:
         self.state, self.doing, self.since_s = STARTING, "waiting for a machine", time.time()
         self.is_up = False
         """Whether its engine has started."""
+        self.born_s = time.monotonic()
+        self.is_said_to_serve = False
+        """Whether people know that it has proven weights."""
         self.answers = True
         """False while a question of `hear` waits longer than it should."""
         self.node_id = self.host = ""
@@ -74,6 +75,11 @@ class Worker:
             self._asking.add_done_callback(lambda task: task.cancelled() or task.exception())
         return self._asking
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether it has spoken of proven weights."""
+        return self._heard is not None and self._heard.version != NO_VERSION
+
     def take_stats(self) -> RolloutStats | None:
         """What was last heard, each sync once; None before the first word."""
         if self._heard is None:
@@ -92,9 +98,10 @@ class Worker:
             since_s=self.since_s,
             restarts=restarts,
             last_error=self.last_error,
-            version=heard.version if heard and heard.version != NO_VERSION else None,
+            version=heard.version if heard and self.has_weights else None,
             in_flight=heard.in_flight if heard else None,
             node=self.host,
+            node_id=self.node_id,
         )
 
     def close(self) -> None:
@@ -172,8 +179,7 @@ class RayLauncher:
     async def find(self, worker: Worker) -> None:
         """See ``Launcher.find``."""
         worker.node_id = (await self._families.find(worker.component, within_s=None)).node_id
-        hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
-        worker.host = hosts.get(worker.node_id, "")
+        worker.host = host_of(worker.node_id)
 
     async def end(self, worker: Worker) -> None:
         """See ``Launcher.end``."""

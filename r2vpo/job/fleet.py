@@ -93,6 +93,8 @@ class Fleet:
         """Start every engine; the first that fails, or is not up within ``rollout.start_timeout_s``, is named."""
         self._places = [self._new_place() for _ in range(self.target)]
         await together(*(self._start(place, within_s=self._start_timeout_s) for place in self._places))
+        for place in self._places:
+            place.worker.is_said_to_serve = True  # the first of all are not news
 
     async def keep(self) -> NoReturn:
         """Let the workers serve, replace those that fail, and follow ``target``. ``JobFailed``: one did too often."""
@@ -236,6 +238,9 @@ class Fleet:
                 raise ComponentSilent(f"{worker.name} has not answered for {self._silent_s:g} s")
             heard.result()
             worker.answers = True
+            if worker.has_weights and not worker.is_said_to_serve:
+                self._note(f"{worker.name} serves, {time.monotonic() - worker.born_s:.0f} s after it was launched")
+                worker.is_said_to_serve = True
             await asyncio.sleep(HEARTBEAT_S)
 
     async def _give_up(self, place: Place, failure: JobFailed) -> bool:

@@ -14,7 +14,7 @@ from learner.errors import WeightsNotFinite
 from r2vpo.job.cluster import Cluster
 from r2vpo.job.component import Component, ComponentSilent, JobFailed, roll_call, together
 from r2vpo.job.config import RunConfig
-from r2vpo.job.processes import Families
+from r2vpo.job.processes import Families, host_of
 from r2vpo.job.status import ComponentStatus
 from r2vpo.records import BatchSource
 from rollout.tasks.factory import make_task
@@ -51,6 +51,7 @@ class Learners:
         self._timeout_s, self._silent_s = config.learner.step_timeout_s, config.supervisor.silent_s
         self._board, self._lineage = board, lineage
         self._families = Families()
+        self._nodes: dict[str, tuple[str, str]] = {}  # of every rank: the node's id and host
         self._pulses: dict[str, dict[str, Any]] = {}
         environment = {"OMP_NUM_THREADS": str(config.learner.omp_threads), "TOKENIZERS_PARALLELISM": "false"}
         if not cluster.on_gpu:
@@ -83,7 +84,8 @@ class Learners:
         """Form the process group and build the engines; returns what rank 0 says of itself."""
         address, port = await self.ranks[0].ask("address", within_s=START_TIMEOUT_S)
         for rank in self.ranks:
-            await self._families.find(rank, within_s=START_TIMEOUT_S)
+            family = await self._families.find(rank, within_s=START_TIMEOUT_S)
+            self._nodes[rank.name] = family.node_id, host_of(family.node_id)
         return await self._all("start", address, port, within_s=START_TIMEOUT_S)
 
     async def watch(self) -> NoReturn:
@@ -128,6 +130,7 @@ class Learners:
 
     def _status(self, rank: Component, restarts: int, last_error: str) -> ComponentStatus:
         pulse = self._pulses.get(rank.name)
+        node_id, host = self._nodes.get(rank.name, ("", ""))
         return ComponentStatus(
             name=rank.name,
             role="learner",
@@ -136,6 +139,8 @@ class Learners:
             since_s=pulse["since_s"] if pulse else time.time(),
             restarts=restarts,
             last_error=last_error,
+            node=host,
+            node_id=node_id,
         )
 
     async def _watch(self, rank: Component) -> NoReturn:

@@ -64,6 +64,11 @@ class Families:
             )
 
 
+def host_of(node_id: str) -> str:
+    """The host name of a machine of the cluster; empty if it is none, or none any more."""
+    return next((node["NodeManagerHostname"] for node in ray.nodes() if node["NodeID"] == node_id), "")
+
+
 def kill(members: tuple[tuple[int, int], ...]) -> None:
     """SIGKILL to the processes that are still those that were seen."""
     for pid, started in members:

@@ -46,6 +46,8 @@ class ComponentStatus:
     """Groups that it generates; None where that means nothing."""
     node: str = ""
     """Host that it lives on."""
+    node_id: str = ""
+    """Ray's name of that machine."""
 
     def __post_init__(self) -> None:
         assert self.role in ROLES, self.role

@@ -179,6 +179,7 @@ class Store:
             restarts=self._restarts.count(name),
             last_error=self.last_errors.get(shard, ""),
             node=self._places[shard].host,
+            node_id=self._places[shard].id,
         )
 
     async def close(self) -> None:

@@ -27,6 +27,10 @@ START_S = 300.0
 """Longest time from the command to the steps that a test waits for (seconds)."""
 
 
+STARTED: list[subprocess.Popen[bytes]] = []
+"""The drivers of all runs; those that outlive their test are ended after it (``tests/conftest.py``)."""
+
+
 class Run:
     """``r2vpo train`` on the quickstart's recipe, in the background."""
 
@@ -43,6 +47,7 @@ class Run:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        STARTED.append(self._process)
         self.family: list[psutil.Process] = []
         """All its processes, as of the last ``await_…``."""
 

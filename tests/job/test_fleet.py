@@ -1,6 +1,7 @@
 """The fleet against workers in one event loop: who dies is replaced, and nothing of it is lost or kept."""
 
 import asyncio
+import re
 
 import pytest
 
@@ -31,7 +32,9 @@ async def test_a_worker_that_dies_is_replaced_under_a_new_name_and_its_leases_go
     await until(lambda: yard.serving() == ["rollout-2", "rollout-1"])
     assert yard.store.released == ["rollout-0"]
     assert yard.launcher.ended == ["rollout-0"]
-    assert yard.notes == ["rollout-0 died; replacing it (1 of 2 within 10 min)"]
+    await until(lambda: len(yard.notes) == 2)
+    assert yard.notes[0] == "rollout-0 died; replacing it (1 of 2 within 10 min)"
+    assert re.fullmatch(r"rollout-2 serves, \d+ s after it was launched", yard.notes[1])
     [replaced, other] = yard.fleet.status()
     assert (replaced.restarts, other.restarts) == (1, 0)
     assert replaced.last_error.startswith("rollout-0 died")

@@ -44,8 +44,10 @@ class Checkpoint:
     """A complete checkpoint as its files say it."""
 
     step: int
-    state: Mapping[str, Any] | None
-    """trainer.json, or None if it cannot be read."""
+    state: Mapping[str, Any]
+    """trainer.json."""
+    problem: str = ""
+    """Why it is not whole, if it is not; ``state`` is empty then."""
 
 
 def audit_run(
@@ -142,12 +144,31 @@ def read_checkpoints(directory: Path) -> Iterator[Checkpoint]:
     for name, path in named:
         if not (path / "COMPLETE").is_file():
             continue
+        step = int(name.removeprefix("step-"))
         try:
-            state = json.loads((path / "trainer.json").read_text())
-        except (OSError, ValueError):
-            state = None
-        if state is not None or (path / "COMPLETE").is_file():
-            yield Checkpoint(step=int(name.removeprefix("step-")), state=state)
+            found = Checkpoint(step=step, state=_state_of(path))
+        except OSError as error:
+            found = Checkpoint(step=step, state={}, problem=f"{Path(error.filename).name} cannot be read")
+        except (ValueError, TypeError, AttributeError) as error:
+            found = Checkpoint(step=step, state={}, problem=str(error))
+        if (path / "COMPLETE").is_file():
+            yield found
+
+
+def _state_of(path: Path) -> dict[str, Any]:
+    """trainer.json of a checkpoint whose files are all there, in the lengths that its marker lists."""
+    marker = (path / "COMPLETE").read_text()
+    for name, length in (json.loads(marker) if marker.strip() else {}).items():
+        size = (path / name).stat().st_size
+        if size != length:
+            raise ValueError(f"{name} has {size} bytes, not {length}")
+    try:
+        state = json.loads((path / "trainer.json").read_text())
+    except ValueError:
+        state = None
+    if not isinstance(state, dict):
+        raise ValueError("its trainer.json is none")
+    return state
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -207,8 +228,8 @@ def _checkpoint_faults(
 ) -> Iterator[str]:
     for checkpoint in checkpoints:
         about = f"checkpoint step-{checkpoint.step:06d}"
-        if checkpoint.state is None:
-            yield f"{about} is marked as complete, but its trainer.json cannot be read"
+        if checkpoint.problem:
+            yield f"{about} is marked as complete, but {checkpoint.problem}"
             continue
         if checkpoint.step > audit.version:
             yield f"{about} holds the state after {checkpoint.step} steps, but {audit.version} are committed"

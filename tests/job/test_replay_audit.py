@@ -103,11 +103,16 @@ def test_a_checkpoint_that_contradicts_name_or_metrics_is_named(run, changed, se
     assert found(run) == [("checkpoints", sentence)]
 
 
-def test_a_complete_checkpoint_that_cannot_be_read_is_named(run):
-    (run.checkpoints / "step-000004" / "trainer.json").write_text("{")
-    assert found(run) == [
-        ("checkpoints", "checkpoint step-000004 is marked as complete, but its trainer.json cannot be read")
-    ]
+def test_a_complete_checkpoint_that_is_not_whole_is_named(run):
+    folder = run.checkpoints / "step-000004"
+    about = "checkpoint step-000004 is marked as complete, but "
+    (folder / "COMPLETE").write_text('{"trainer.json": 3}')
+    (folder / "trainer.json").write_text("{")
+    assert found(run) == [("checkpoints", f"{about}trainer.json has 1 bytes, not 3")]
+    (folder / "COMPLETE").write_text("")
+    assert found(run) == [("checkpoints", f"{about}its trainer.json is none")]
+    (folder / "COMPLETE").write_text('{"trainer.json": 1, "deepspeed/model.pt": 9}')
+    assert found(run) == [("checkpoints", f"{about}model.pt cannot be read")]
 
 
 def test_what_a_kill_leaves_of_a_checkpoint_is_nobodys_business(run):

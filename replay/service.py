@@ -27,6 +27,7 @@ from r2vpo.records import BatchPlan, LeaseAnswer, Stamp
 from replay.config import ReplayConfig
 from replay.consumption import ConsumptionLog
 from replay.dispatcher import DAMAGED, Dispatcher
+from replay.errors import ReplayError
 from replay.index import Index
 from replay.intake import Intake, not_empty
 from replay.limiter import Grant
@@ -35,6 +36,9 @@ from replay.roster import Shard, ShardState, count
 from replay.rows import Rows
 from replay.schema import CONSUMPTION_FILE
 from replay.sweeper import Sweeper
+
+LOST_S = 60.0
+"""Within which a shard that cannot be read must turn out to be lost; else it is its file (seconds)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +93,17 @@ class ReplayService:
             state.link = link
             state.generation += 1
             state.speak("")
-            if self._index is not None:
-                await self._intake.bring_back(self._index, state, link)
-            else:
-                await self._load()
-            self._changed.notify_all()
+            try:
+                if self._index is not None:
+                    await self._intake.bring_back(self._index, state, link)
+                else:
+                    await self._load()
+            except ReplayError as error:  # it is as far away as before
+                state.link = None
+                state.speak(f"replay shard {shard}: {error}")
+                raise
+            finally:
+                self._changed.notify_all()
 
     async def detach(self, shard: int, reason: str) -> None:
         """A shard cannot be reached: its groups and prompts wait until it is attached again."""
@@ -311,7 +321,12 @@ class ReplayService:
                 self._version = self._resume_step = step
                 self._num_rewinds += 1
                 self._asks = {worker: object() for worker in self._asks}
-                await self._load()
+                try:
+                    await self._load()
+                except ReplayError:
+                    # A shard has died, and nobody has said so yet. All are read when it is back.
+                    if not await self._until(lambda: any(state.link is None for state in self._shards), LOST_S):
+                        raise
                 self._changed.notify_all()
                 is_done = True
 
@@ -360,7 +375,7 @@ class ReplayService:
     def _lacking(self) -> str:
         """What the learner waits for; empty if it may have its batch."""
         if self._index is None:
-            return "; ".join(state.trouble for state in self._shards if state.trouble)
+            return "; ".join(state.trouble for state in self._shards if state.trouble) or "the shards are being read"
         if self._chosen is not None:
             away = self._dispatcher.away & self._index.shards_of(self._chosen)
             return "; ".join(self._shards[shard].trouble for shard in sorted(away))

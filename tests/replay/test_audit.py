@@ -427,7 +427,7 @@ class Driven:
         store = LocalStore(self._directory, config=self.config, resume_step=resume_step, **run)
         await store.open()
         for step in steps:
-            leases = (await store.lease(worker="r0", version=step, count=4, timeout_s=0)).leases
+            leases = (await store.lease(worker="r0", stamp=(0, step), count=4, timeout_s=0)).leases
             for lease in leases:
                 group = make_group(lease.key, version=step, rewards=(0.0, 1.0, 0.0))
                 await store.append(group)

@@ -56,7 +56,7 @@ class Life:
     async def generate(self, name):
         held = self.published
         while not self.over.is_set():
-            answer = await self.store.lease(worker=name, version=held, count=2, timeout_s=0.02)
+            answer = await self.store.lease(worker=name, stamp=(0, held), count=2, timeout_s=0.02)
             await asyncio.gather(*(self.answer(name, lease.key, held) for lease in answer.leases))
             if self.rng.random() < 0.7:
                 held = self.published

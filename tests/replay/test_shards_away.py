@@ -42,7 +42,7 @@ async def start(tmp_path):
 
 
 async def lease(store, count, *, version=0, worker="r0"):
-    return [x.key for x in (await store.lease(worker=worker, version=version, count=count, timeout_s=0)).leases]
+    return [x.key for x in (await store.lease(worker=worker, stamp=(0, version), count=count, timeout_s=0)).leases]
 
 
 async def lease_of(store, shard, count, *, version=0):
@@ -175,11 +175,12 @@ async def test_eviction_is_put_off_while_shards_are_away_or_lost_and_made_up_for
             await store.append(make_group(key, version=step))
         await train(store, step)
     assert (await store.stats())["held_groups"] == 6  # all are needed: the run may go back to step 0
+    await store.service._sweep
     await store.detach(0)
     lost, store.service._shards[1].link = store.service._shards[1].link, Lost()
     await store.service.keep_from(step=3)
     await store.service._sweep
-    assert caplog.messages == ["eviction is put off: its process died"]
+    assert caplog.messages[-1] == "eviction is put off: its process died"
     store.service._shards[1].link = None
     await store.service.keep_from(step=3)
     await store.service._sweep  # nobody is there
@@ -193,11 +194,11 @@ async def test_eviction_is_put_off_while_shards_are_away_or_lost_and_made_up_for
 class Lost:
     """A shard whose process is gone."""
 
-    async def oldest_held(self, *, limit, after):
-        raise ReplayError("its process died")
+    def __getattr__(self, name):
+        async def ask(*args, **options):
+            raise ReplayError("its process died")
 
-    async def stats(self):
-        raise ReplayError("its process died")
+        return ask
 
 
 async def test_a_closed_shard_says_so(tmp_path):
@@ -206,6 +207,46 @@ async def test_a_closed_shard_says_so(tmp_path):
     for asked in (shard.rows(), shard.read([1]), shard.append(encode_group(make_group(0)))):
         with pytest.raises(ReplayError, match=r"shard-000.sqlite3 is closed"):
             await asked
+
+
+async def test_a_rewind_that_meets_a_dead_shard_waits_until_it_is_back(start):
+    store = await start(max_lag=1, groups_per_step=2)
+    keys = await lease(store, 4)
+    for key in keys:
+        await store.append(make_group(key))
+    first = await train(store, 0)
+    store.service._shards[1].link = Lost()  # its process is gone, and nobody knows it yet
+    rewinding = asyncio.create_task(store.service.rewind(step=0))
+    while store.service._index is not None:
+        await asyncio.sleep(0)
+    assert await store.sample(step=0, timeout_s=0) is None
+    assert not rewinding.done()
+    await store.detach(1)
+    await rewinding
+    assert await store.sample(step=0, timeout_s=0) is None
+    await store.attach(1)
+    assert (await store.stats())["fresh_waiting"] == 4
+    assert await train(store, 0) == first
+
+
+async def test_a_file_that_cannot_be_read_ends_a_rewind(start, monkeypatch):
+    monkeypatch.setattr("replay.service.LOST_S", 0.01)
+    store = await start()
+    there, store.service._shards[1].link = store.service._shards[1].link, Lost()
+    with pytest.raises(ReplayError, match="its process died"):
+        await store.service.rewind(step=0)
+    store.service._shards[1].link = there
+
+
+async def test_a_shard_that_dies_again_while_it_is_attached_is_away_as_before(start):
+    store = await start()
+    await store.detach(1)
+    with pytest.raises(ReplayError, match="its process died"):
+        await store.service.attach(1, Lost())
+    assert (await store.stats())["shards"][1]["trouble"] == "replay shard 1: its process died"
+    assert await store.service.locate(1, after=0, timeout_s=0) is None
+    await store.attach(1)
+    assert (await store.stats())["troubles"] == []
 
 
 class Listening:

@@ -48,6 +48,8 @@ class LearnerConfig:
     """`sdpa`, `flash_attention_2`, or `auto`: flash attention where it is installed and there is a GPU."""
     bucket_mb: float = 256.0
     """Size (MiB) of one bucket of published weights."""
+    sync_every: int = 1
+    """Learner steps between two publications of the weights; the last step's are always published."""
     checkpoint_every: int = 50
     """Learner steps between checkpoints; 0 writes only the last one."""
     keep_checkpoints: int = 2
@@ -74,6 +76,7 @@ class LearnerConfig:
             "passes",
             "micro_batch_tokens",
             "keep_checkpoints",
+            "sync_every",
         ):
             require.at_least(f"learner.{key}", getattr(self, key), 1)
         require.at_least("learner.lr", self.lr, 0.0)
@@ -98,3 +101,7 @@ class LearnerConfig:
                 f"learner.minibatches={self.minibatches} exceeds learner.groups_per_step={self.groups_per_step}: "
                 "a minibatch needs at least one group; lower minibatches or raise groups_per_step"
             )
+
+    def publishes(self, version: int) -> bool:
+        """Whether workers get the weights of ``version``: every ``sync_every``-th, and the last one."""
+        return version % self.sync_every == 0 or version == self.steps

@@ -18,12 +18,12 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
 from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,8 @@ if not ON_GPU:
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine  # noqa: E402
+
+Made = TypeVar("Made")
 
 _TAG = "deepspeed"
 _ROUNDING, _NEAR = 1e-4, 0.25
@@ -155,19 +157,18 @@ class LearnerEngine:
         """Wait for all ranks."""
         dist.barrier()
 
-    def gather(self, names: Sequence[str]) -> dict[str, Tensor] | None:
-        """Copies in main memory of some of `tensors` on rank 0; None on the other ranks, which must take part.
+    def gather(self, names: Sequence[str], use: Callable[[dict[str, Tensor]], Made]) -> Made | None:
+        """What ``use`` makes of some of `tensors` on rank 0; None on the other ranks, which must take part.
 
-        All ranks are through with the collective when this returns: rank 0 may take its time with what it got.
+        The tensors are the live ones, there until ``use`` returns: it copies what it keeps, and waits for nobody. All
+        ranks are through with the collective when this returns: rank 0 may take its time with what it got.
         """
         wanted = [self._tensors[name] for name in names]
         parameters = [t for t in wanted if isinstance(t, torch.nn.Parameter)]
         with deepspeed.zero.GatheredParameters(parameters, enabled=self._stage == 3):
-            copies = None
-            if self.rank == 0:
-                copies = {name: t.detach().cpu().clone() for name, t in zip(names, wanted, strict=True)}
+            made = use(dict(zip(names, wanted, strict=True))) if self.rank == 0 else None
         self.barrier()
-        return copies
+        return made
 
     def texts(self, own: str) -> list[str]:
         """What every rank says, by rank."""
@@ -291,6 +292,11 @@ class _Writer(TorchCheckpointEngine):
 def _first_line(error: BaseException) -> str:
     """What an error says, as far as it fits into a sentence of ours."""
     return shorten((str(error).splitlines() or [""])[0], 160, placeholder=" …")
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in main memory."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _dtype(config: LearnerConfig) -> torch.dtype:

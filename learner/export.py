@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from learner.engine import LearnerEngine
+from learner.engine import LearnerEngine, copied
 from learner.publish import bucket_names
 
 
@@ -30,11 +30,10 @@ def export_model(engine: LearnerEngine, *, model_path: str, directory: Path, buc
     buckets = bucket_names(engine.tensors, bucket_mb=bucket_mb)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(buckets, start=1):
-        tensors = engine.gather(names)
+        tensors = engine.gather(names, copied)
         if tensors is not None:
             file_name = _file_name(number, len(buckets))
-            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, written / file_name, metadata={"format": "pt"})
+            save_file(tensors, written / file_name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(names, file_name)
     if engine.rank == 0:
         if len(buckets) > 1:

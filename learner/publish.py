@@ -1,6 +1,6 @@
 """Weights on their way out: buckets of bytes, and the canary that proves their arrival.
 
-named tensors ──bucket_names──▶ buckets ──encode_bucket──▶ safetensors bytes + BucketSpec ─┐
+named tensors ──bucket_names──▶ buckets ──BucketEncoder──▶ safetensors bytes + BucketSpec ─┐
 fixed tokens ──forward pass──▶ Canary ─────────────────────────────────────────────────────┴─▶ WeightManifest
 
 See docs/weights.md.
@@ -8,11 +8,12 @@ See docs/weights.md.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
 import numpy as np
-from safetensors.torch import save
+import torch
 from torch import Tensor
 
 from r2vpo.checksum import checksum
@@ -21,7 +22,17 @@ from r2vpo.records import BucketSpec, TensorSpec
 CANARY_LENGTH = 24
 """Most tokens of a canary."""
 _CANARY_SEED = 20260103
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
+_CODES = {
+    "float64": ("F64", 8),
+    "int64": ("I64", 8),
+    "float32": ("F32", 4),
+    "int32": ("I32", 4),
+    "bfloat16": ("BF16", 2),
+    "float16": ("F16", 2),
+    "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
+}
+"""Of each type its name in a safetensors file and its bytes."""
 
 
 def bucket_names(tensors: Sequence[TensorSpec], *, bucket_mb: float) -> list[list[str]]:
@@ -30,7 +41,7 @@ def bucket_names(tensors: Sequence[TensorSpec], *, bucket_mb: float) -> list[lis
     buckets: list[list[str]] = []
     filled = limit
     for spec in tensors:
-        num_bytes = prod(spec.shape) * _ITEM_BYTES[spec.dtype]
+        num_bytes = _num_bytes(spec)
         if not buckets or filled + num_bytes > limit:
             buckets.append([])
             filled = 0
@@ -39,14 +50,52 @@ def bucket_names(tensors: Sequence[TensorSpec], *, bucket_mb: float) -> list[lis
     return buckets
 
 
-def encode_bucket(tensors: Mapping[str, Tensor]) -> tuple[BucketSpec, bytes]:
-    """One bucket as a safetensors file in memory, and its description."""
-    payload = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
-    specs = tuple(
-        TensorSpec(name=name, dtype=str(t.dtype).removeprefix("torch."), shape=tuple(t.shape))
-        for name, t in tensors.items()
-    )
-    return BucketSpec(tensors=specs, num_bytes=len(payload), checksum=checksum(payload)), payload
+class BucketEncoder:
+    """Writes buckets as safetensors files, one after the other into the same memory.
+
+    So a publication takes one bucket of memory besides what gathers its tensors, however many buckets there are.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = np.empty(0, dtype=np.uint8)
+
+    def encode(self, tensors: Mapping[str, Tensor]) -> tuple[BucketSpec, memoryview]:
+        """One bucket and its description; the bytes are those of this bucket until the next call."""
+        specs = [
+            TensorSpec(name=name, dtype=str(t.dtype).removeprefix("torch."), shape=tuple(t.shape))
+            for name, t in tensors.items()
+        ]
+        # Wide types first, so that every tensor begins at a multiple of its own width.
+        ordered = sorted(specs, key=lambda spec: -_CODES[spec.dtype][1])
+        header = _header(ordered)
+        size = len(header) + sum(map(_num_bytes, specs))
+        if self._buffer.nbytes < size:
+            self._buffer = np.empty(0, dtype=np.uint8)  # the smaller one goes before the larger one comes
+            self._buffer = np.empty(size, dtype=np.uint8)
+        self._buffer[: len(header)] = np.frombuffer(header, dtype=np.uint8)
+        start = len(header)
+        for spec in ordered:
+            place = torch.from_numpy(self._buffer[start : start + _num_bytes(spec)])
+            place.view(tensors[spec.name].dtype).view(spec.shape).copy_(tensors[spec.name].detach())
+            start += _num_bytes(spec)
+        payload = self._buffer[:size].data
+        return BucketSpec(tensors=tuple(specs), num_bytes=size, checksum=checksum(payload)), payload
+
+
+def _header(specs: Sequence[TensorSpec]) -> bytes:
+    """What a safetensors file begins with: its length and, as JSON, the place of every tensor behind it."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for spec in specs:
+        start, end = end, end + _num_bytes(spec)
+        entries[spec.name] = {"dtype": _CODES[spec.dtype][0], "shape": spec.shape, "data_offsets": (start, end)}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _num_bytes(spec: TensorSpec) -> int:
+    return prod(spec.shape) * _CODES[spec.dtype][1]
 
 
 def canary_tokens(prompt: Sequence[int], *, vocab_size: int, special_ids: Collection[int]) -> np.ndarray:

@@ -32,7 +32,7 @@ from learner.export import export_model
 from learner.finite import CAUSES, count_not_finite, first_cause
 from learner.logprobs import token_logprobs
 from learner.metrics import batch_metrics
-from learner.publish import bucket_names, canary_tokens, encode_bucket
+from learner.publish import BucketEncoder, bucket_names, canary_tokens
 from r2vpo.algorithm.budget import Budget
 from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.algorithm.diagnostics import LagDiagnostics
@@ -147,18 +147,19 @@ class LearnerTrainer:
             "time/train_s": time.perf_counter() - prepared,
         }
 
-    def publish(self, put: Callable[[bytes], Payload]) -> tuple[WeightManifest, list[Payload]] | None:
+    def publish(self, put: Callable[[memoryview], Payload]) -> tuple[WeightManifest, list[Payload]] | None:
         """Hand the weights out, bucket by bucket: rank 0 calls ``put`` with each payload and returns what it got.
 
-        The other ranks take part in the gathering and return None. `WeightsNotFinite` if they are not fit to be used.
+        ``put`` copies what it is given: the next bucket takes the same memory. The other ranks take part in the
+        gathering and return None. `WeightsNotFinite` if they are not fit to be used.
         """
         self._check_weights()
         canary = self.canary()
-        specs, payloads = [], []
+        encoder, specs, payloads = BucketEncoder(), [], []
         for names in bucket_names(self.engine.tensors, bucket_mb=self._config.bucket_mb):
-            tensors = self.engine.gather(names)
-            if tensors is not None:
-                spec, payload = encode_bucket(tensors)
+            encoded = self.engine.gather(names, encoder.encode)
+            if encoded is not None:
+                spec, payload = encoded
                 specs.append(spec)
                 payloads.append(put(payload))
         if self.engine.rank != 0:

@@ -27,18 +27,27 @@ CLASSES = {
 }
 
 
-def make_model(directory: Path, *, kind: str = "qwen2", tied: bool = True, endless: bool = False) -> PreTrainedModel:
+def make_model(
+    directory: Path,
+    *,
+    kind: str = "qwen2",
+    tied: bool = True,
+    endless: bool = False,
+    hidden: int = 64,
+    intermediate: int = 128,
+    layers: int = 2,
+) -> PreTrainedModel:
     """A random model with a character tokenizer, saved in ``directory``; an endless one never stops by itself."""
     config_class, model_class = CLASSES[kind]
     torch.manual_seed(0)
     config = config_class(
         vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=hidden // 2,
         max_position_embeddings=1024,
         tie_word_embeddings=tied,
         bos_token_id=None,

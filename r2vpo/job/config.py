@@ -176,6 +176,13 @@ class RunConfig:
                 "no group could ever be trained on, and the learner would wait forever; lower min_verdicts to "
                 f"{self.rollout.group_size} or less, or raise group_size"
             )
+        if self.learner.sync_every > self.replay.max_lag + 1:
+            raise ValueError(
+                f"learner.sync_every={self.learner.sync_every} exceeds replay.max_lag={self.replay.max_lag} + 1: "
+                "before the next weights are published, what the newest ones sample would be too old to be trained as "
+                "fresh, and learner and workers would wait for each other; lower sync_every, or raise max_lag to "
+                f"{self.learner.sync_every - 1}"
+            )
         if self.num_fresh < self.learner.minibatches:
             raise ValueError(
                 f"learner.minibatches={self.learner.minibatches} exceeds the {self.num_fresh} fresh groups that "

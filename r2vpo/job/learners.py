@@ -53,6 +53,7 @@ class Learners:
         self._families = Families()
         self._nodes: dict[str, tuple[str, str]] = {}  # of every rank: the node's id and host
         self._pulses: dict[str, dict[str, Any]] = {}
+        self._publishes = config.learner.publishes
         environment = {"OMP_NUM_THREADS": str(config.learner.omp_threads), "TOKENIZERS_PARALLELISM": "false"}
         if not cluster.on_gpu:
             environment["DS_ACCELERATOR"] = "cpu"
@@ -100,6 +101,14 @@ class Learners:
         """
         manifest, refs = await self._all("publish", passing=(WeightsNotFinite,))
         await self._board.ask("post", replace(manifest, lineage=self._lineage), refs)
+
+    async def publish_due(self, version: int) -> None:
+        """Publish the weights of ``version``, the current one, if ``learner.sync_every`` has come to it.
+
+        Between two publications the workers go on with the older weights, whose lag counts.
+        """
+        if self._publishes(version):
+            await self.publish()
 
     async def train_step(self, batch: BatchSource) -> dict[str, float]:
         """One learner step on what every rank fetches for itself; returns its metrics."""

@@ -138,6 +138,9 @@ def _lag_rows(plan: Plan) -> list[Row]:
             f"groups wait or are in flight; workers generate {lag.slots:,} at a time",
         )
     ]
+    every = plan.config.learner.sync_every
+    if every > 1:
+        rows.append(("weights", f"published every {every} steps (learner.sync_every), so up to {every - 1} steps old"))
     if lag.stale is not None:
         rows.append(("stale", f"≤ {lag.stale} (replay.max_replay_lag)"))
     return rows

@@ -224,7 +224,8 @@ class Session:
                 break
             wait_s = time.monotonic() - asked_s
             metrics = await self._learners.train_step(batch)
-            await together(self._store.commit(batch, stop=self._stop.wait), self._learners.publish())
+            published = self._learners.publish_due(record.next_step + 1)
+            await together(self._store.commit(batch, stop=self._stop.wait), published)
             record.look_at_store(await self._store.stats())
             record.step(metrics, wait_s=wait_s, workers=await self._fleet.stats())
             is_due = record.alarms.is_sound and record.checkpoints.is_due(record.next_step)

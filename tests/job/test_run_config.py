@@ -120,6 +120,12 @@ def test_values_arrive_as_written(load, yaml_text, override, key, value):
             ("learner.minibatches=1", "algorithm.step_control=true"),
             ["algorithm.step_control=true", "learner.minibatches=1", "step_control=null"],
         ),
+        ("", ("learner.sync_every=0",), ["learner.sync_every=0"]),
+        (
+            "",
+            ("learner.sync_every=4", "replay.max_lag=2"),
+            ["learner.sync_every=4 exceeds replay.max_lag=2 + 1", "wait for each other", "raise max_lag to 3"],
+        ),
         ("", ("ray.address=auto", "ray.num_cpus=4"), ["ray.num_cpus=4", "ray.address=auto", "remove one"]),
         ("", ("ray.num_cpus=2", "rollout.workers=2"), ["ray.num_cpus=2 is less than the 3 CPUs", "rollout.workers=2"]),
     ],

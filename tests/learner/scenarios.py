@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load
 from transformers import (
     AutoModelForCausalLM,
@@ -93,7 +94,7 @@ def make_trainer(model: Path, *, algorithm: AlgorithmConfig | None = None, exact
 
 
 def weights(trainer: LearnerTrainer) -> dict[str, torch.Tensor]:
-    return trainer.engine.gather([spec.name for spec in trainer.engine.tensors]) or {}
+    return trainer.engine.gather([spec.name for spec in trainer.engine.tensors], engine.copied) or {}
 
 
 def largest_gap(a, b) -> float:
@@ -386,12 +387,35 @@ def refused_checkpoint(directory: Path):
         return str(error)
 
 
+def publication_memory(directory: Path, **settings):
+    """MiB that the first publication takes at its peak beyond what the process held, and what it published."""
+    where, bucket_mb = directory / "larger", 16.0
+    if dist.get_rank() == 0:
+        make_model(where, hidden=512, intermediate=1536, layers=8)
+    dist.barrier()
+    trainer = make_trainer(where, bucket_mb=bucket_mb, **settings)
+    canary = trainer.canary()
+    trainer.canary = lambda: canary  # a forward pass takes what it takes in every step
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here on
+    before = memory_mib("VmRSS")
+    result = trainer.publish(len)
+    taken = memory_mib("VmHWM") - before
+    sizes = result[1] if result else []
+    return {"taken": taken, "bucket": bucket_mb, "sizes": [size / 2**20 for size in sizes]}
+
+
+def memory_mib(field: str) -> float:
+    """A figure of this process from /proc."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) / 1024
+
+
 def published(directory: Path, **settings):
     """Two buckets or more, decoded again; the canary against the exported model."""
     target = directory / f"exported-{settings.get('zero_stage', 0)}-{settings.get('dtype', 'auto')}"
     trainer = make_trainer(directory / "model", bucket_mb=0.05, **settings)
     run(trainer, sampled_batches(directory / "model", steps=2))
-    result = trainer.publish(lambda payload: payload)
+    result = trainer.publish(bytes)
     own = weights(trainer)
     trainer.export(target)
     if result is None:
@@ -508,6 +532,7 @@ SCENARIOS = {
     "damaged-checkpoint": (damaged_checkpoint, {}),
     "changed-on-resume": (changed_on_resume, {}),
     **{f"control-zero{stage}": (control, {"zero_stage": stage}) for stage in (0, 3)},
+    **{f"memory-zero{stage}": (publication_memory, {"zero_stage": stage}) for stage in (0, 3)},
     "dropout": (dropout, {}),
     "masks": (masks, {}),
     "violations": (violations, {}),

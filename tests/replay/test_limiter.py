@@ -256,6 +256,32 @@ def test_without_lag_the_run_leases_one_batch_per_version(num_fresh, steps, data
     assert run.leased_at == [version for version in range(steps) for _ in range(num_fresh)]
 
 
+def run_with_weights_every(sync_every, *, max_lag, steps=12):
+    """The reason why a run stops whose only worker gets the weights of every ``sync_every``-th version; or nothing."""
+    run = Run(max_lag=max_lag, num_fresh=2, steps=steps, workers=1)
+    while run.version < steps:
+        if run.version % sync_every == 0:
+            run.holds["r0"] = run.version
+        while run.desk.lacking():
+            granted = run.lease("r0", 100)
+            if granted.count == 0:
+                return granted.reason
+            for lease in list(run.generating):
+                run.finish(lease, lease.version)
+        assert run.try_sample()
+        run.try_commit()
+    return ""
+
+
+@pytest.mark.parametrize("max_lag", [0, 1, 3])
+def test_weights_may_come_as_seldom_as_every_max_lag_plus_first_step(max_lag):
+    for sync_every in range(1, max_lag + 2):
+        assert run_with_weights_every(sync_every, max_lag=max_lag) == ""
+    # Step max_lag + 1 is the first for which version 0 is too old, and version max_lag + 2 comes after it.
+    stopped = run_with_weights_every(max_lag + 2, max_lag=max_lag)
+    assert f"holds version 0, step {max_lag + 1} with max_lag={max_lag} needs at least 1: waiting" in stopped
+
+
 def test_a_group_that_comes_too_late_is_told_from_one_that_still_fits():
     run = Run(max_lag=1, num_fresh=1, steps=9, workers=1)
     run.lease("r0", 2)

@@ -321,6 +321,17 @@ async def test_a_superseded_version_is_skipped(world):
     assert world.engine.loads == [(2, [b"2"])]
 
 
+async def test_a_worker_that_is_slow_to_load_skips_to_the_newest_version(world):
+    world.engine.canary_gate.clear()
+    await world.start(version=0)
+    await until(lambda: world.engine.version == 0 and world.engine.loads)
+    for version in (1, 2, 3):
+        await world.weights.publish(version)
+    world.engine.canary_gate.set()
+    await until(lambda: world.worker.stats().version == 3)
+    assert [version for version, _ in world.engine.loads] == [0, 3]
+
+
 async def test_between_load_and_canary_nothing_is_leased_or_appended(world):
     world.engine.gate.clear()
     await world.start(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from r2vpo.checks import require
 
@@ -62,6 +62,8 @@ class LearnerConfig:
     """CPUs that Ray reserves per rank."""
     num_gpus: float | None = None
     """GPUs that Ray reserves per rank; null is one where Ray has GPUs, else none."""
+    resources: dict[str, float] = field(default_factory=dict)
+    """Custom Ray resources that each rank reserves, such as `{learner: 1}`: it runs only where they are declared."""
     omp_threads: int = 1
     """CPU threads per rank when it runs on the CPU."""
     step_timeout_s: float = 1800.0

@@ -407,6 +407,8 @@ class Evaluation:
     """Mean reward of the greedy response."""
     num_prompts: int
     """Prompts whose sampled response got a verdict."""
+    sets: Mapping[str, Evaluation] = field(default_factory=dict)
+    """The same on further held-out sets, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)

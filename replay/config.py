@@ -48,6 +48,9 @@ class ReplayConfig:
     """Most GiB of payloads that are kept; the oldest are evicted first. null is any amount."""
     shards: int = 1
     """Replay shards: actors with a file each, over which groups are spread by the hash of their prompt's key."""
+    directory: str | None = None
+    """Folder on a disk of the node itself for the store's files, where `run_dir` lies on a network file system: the run
+    gets a folder of its name in it, on every node with a shard. null keeps them in the run's folder."""
     lease_s: float = 600.0
     """Seconds after which a prompt that was leased and not answered is handed out again."""
 

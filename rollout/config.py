@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from r2vpo.checks import require
+
+EVAL_SET_FIELDS = ("path", "split", "prompt_field", "truth_field")
+"""What one of `TaskConfig.eval_sets` may set for itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,12 @@ class TaskConfig:
     reward_processes: int = 1
     """Processes per rollout worker that compute verdicts."""
     eval_prompts: int = 512
-    """Held-out prompts of an evaluation."""
+    """Held-out prompts of an evaluation, and the most of every set in `eval_sets`."""
+    eval_sets: dict[str, Any] = field(default_factory=dict)
+    """Dataset: further held-out sets by name, each with its own accuracy: a file, the id of a Hugging Face dataset,
+    or a mapping of `path` and, where they differ from the task's, `split`, `prompt_field` and `truth_field`."""
+    eval_every: int = 0
+    """Learner steps between evaluations during the training, which wait for it; 0 is before and after it only."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of the task itself; arithmetic: `digits`, `num_prompts`."""
 
@@ -54,12 +63,33 @@ class TaskConfig:
         ):
             if not value.strip():
                 raise ValueError(f"task.{key} is empty; name a {'split' if key == 'split' else 'field'} of the dataset")
+        require.at_least("task.eval_every", self.eval_every, 0)
         if self.name == "dataset" and not self.path:
             raise ValueError(
                 "task.name=dataset needs task.path: a .jsonl or .parquet file, or a Hugging Face dataset id"
             )
         if self.reward is not None and self.reward.count(":") != 1:
             raise ValueError(f"task.reward={self.reward} must have the form module:function")
+        if self.eval_sets and self.name != "dataset":
+            raise ValueError(
+                f"task.eval_sets names {', '.join(self.eval_sets)}, but task.name={self.name} has none beside its own; "
+                "remove them, or set task.name=dataset"
+            )
+        for name in self.eval_sets:
+            self.eval_set(name)
+
+    def eval_set(self, name: str) -> TaskConfig:
+        """The task whose rows are those of ``eval_sets[name]``. ``ValueError`` if that is not well-formed."""
+        key, given = f"task.eval_sets.{name}", self.eval_sets[name]
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(f"{key}: a set's name has letters, digits, `.`, `_` and `-` only, since metrics carry it")
+        fields = {"path": given} if isinstance(given, str) else given
+        if not isinstance(fields, dict) or not isinstance(fields.get("path"), str):
+            raise ValueError(f"{key} must be a path or dataset id, or a mapping with such a path, not {given!r}")
+        for field_name, value in fields.items():
+            if field_name not in EVAL_SET_FIELDS or not isinstance(value, str):
+                raise ValueError(f"{key}.{field_name}={value!r} is not one of {', '.join(EVAL_SET_FIELDS)}, as text")
+        return replace(self, eval_sets={}, eval_path=None, **fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +130,8 @@ class RolloutConfig:
     """CPUs that Ray reserves per worker."""
     num_gpus: float | None = None
     """GPUs that Ray reserves per worker; null is one per tensor-parallel rank where Ray has GPUs, else none."""
+    resources: dict[str, float] = field(default_factory=dict)
+    """Custom Ray resources that each worker reserves, such as `{rollout: 1}`: it runs only where they are declared."""
     omp_threads: int = 1
     """CPU threads of an engine that runs on the CPU."""
     start_timeout_s: float = 600.0

@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from r2vpo.records import (
     Evaluation,
@@ -30,7 +31,7 @@ from rollout.generation import Engine, request_seed
 from rollout.groups import failed_group, scored_group, sound_verdicts
 from rollout.rewards import RewardPool, Verdict
 from rollout.sync import WeightSync
-from rollout.tasks.base import Task
+from rollout.tasks.base import Task, TaskPrompt
 
 ASK_S = 5.0
 """Longest single wait for a lease or a manifest (seconds); the loops ask again, so it bounds only one call."""
@@ -119,7 +120,7 @@ class RolloutWorker:
         self._draining.set()
 
     async def evaluate(self, *, version: int, num_prompts: int, timeout_s: float) -> Evaluation:
-        """Mean reward on the first ``num_prompts`` held-out prompts, once the engine holds ``version``.
+        """Mean reward on the first ``num_prompts`` held-out prompts once the engine holds ``version``, and on all sets.
 
         Responses without a verdict are left out of the mean. ``TimeoutError`` if the version does not arrive in time.
         """
@@ -131,9 +132,14 @@ class RolloutWorker:
                 f"version {version} of the weights did not arrive within {timeout_s:g} s; "
                 f"{self.name} holds version {self._sync.version}"
             ) from None
-        count = min(num_prompts, self._task.num_eval_prompts)
-        sampled = await self._mean_reward(count, temperature=self._config.temperature)
-        greedy = await self._mean_reward(count, temperature=0.0)
+        prompts = [self._task.eval_prompt(i) for i in range(min(num_prompts, self._task.num_eval_prompts))]
+        sets = {name: await self._score(held, f"eval.{name}") for name, held in self._task.eval_sets.items()}
+        return replace(await self._score(prompts, "eval"), sets=sets)
+
+    async def _score(self, prompts: Sequence[TaskPrompt], name: str) -> Evaluation:
+        """Sampled and greedy responses to ``prompts``; ``name`` and a prompt's position give its seed."""
+        sampled = await self._mean_reward(prompts, name, temperature=self._config.temperature)
+        greedy = await self._mean_reward(prompts, name, temperature=0.0)
         return Evaluation(
             version=self._sync.version, accuracy=sampled[0], greedy_accuracy=greedy[0], num_prompts=sampled[1]
         )
@@ -285,18 +291,17 @@ class RolloutWorker:
         if tasks:
             await self._prompts.release(worker=self.name, keys=tuple(lease.key for lease in tasks.values()))
 
-    async def _mean_reward(self, count: int, *, temperature: float) -> tuple[float, int]:
-        """Mean reward and number of verdicts over the first ``count`` held-out prompts, one response each."""
+    async def _mean_reward(self, prompts: Sequence[TaskPrompt], name: str, *, temperature: float) -> tuple[float, int]:
+        """Mean reward and number of verdicts over ``prompts``, one response each."""
         slots = asyncio.Semaphore(self._config.groups_in_flight * self._config.group_size)
 
-        async def one(index: int) -> float | None:
-            prompt = self._task.eval_prompt(index)
+        async def one(index: int, prompt: TaskPrompt) -> float | None:
             async with slots:
                 try:
                     [completion] = await self._engine.generate(
                         self._tokenize(prompt.text),
                         n=1,
-                        seed=request_seed(self._seed, f"eval.{index}"),
+                        seed=request_seed(self._seed, f"{name}.{index}"),
                         temperature=temperature,
                         max_tokens=self._config.max_tokens,
                     )
@@ -305,7 +310,8 @@ class RolloutWorker:
             [verdict] = await self._rewards.score([(completion.text, prompt.truth)])
             return verdict.reward
 
-        rewards = [r for r in await asyncio.gather(*(one(i) for i in range(count))) if r is not None]
+        scored = await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts)))
+        rewards = [reward for reward in scored if reward is not None]
         return (sum(rewards) / len(rewards) if rewards else float("nan")), len(rewards)
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +47,18 @@ class Cluster:
         exact = ("float32",) if self.on_gpu else ("float32", "auto")
         return config.rollout.dtype in exact and config.learner.dtype in exact
 
-    def options(self, num_cpus: float, num_gpus: float | None, *, gpus_each: int = 1) -> dict[str, Any]:
+    def options(
+        self,
+        num_cpus: float,
+        num_gpus: float | None,
+        *,
+        gpus_each: int = 1,
+        resources: Mapping[str, float] | None = None,
+    ) -> dict[str, Any]:
         """Ray resources of one actor; ``num_gpus=None`` is ``gpus_each`` where there are GPUs, else none."""
         gpus = (gpus_each if self.on_gpu else 0) if num_gpus is None else num_gpus
-        return {"num_cpus": 0 if self.time_shares else num_cpus, "num_gpus": gpus}
+        cpus = 0 if self.time_shares else num_cpus
+        return {"num_cpus": cpus, "num_gpus": gpus, "resources": dict(resources or {})}
 
 
 def open_cluster(config: RunConfig, logs: Path) -> Cluster:
@@ -136,4 +145,20 @@ def _check_supply(config: RunConfig, need_cpus: float, home: Path | None) -> Clu
                 f"learner.ranks={config.learner.ranks}) and the cluster has {supply.get(name, 0):g}; lower "
                 f"rollout.workers or learner.ranks, or rollout.{key} and learner.{key}"
             )
+    for name, need in custom_resources(config).items():
+        if need > supply.get(name, 0):
+            raise ConfigError(
+                f"the job needs {need:g} of the Ray resource {name} (rollout.resources, learner.resources) and the "
+                f"cluster has {supply.get(name, 0):g}; declare it on the nodes that are meant (ray start "
+                f"--resources='{{\"{name}\": 8}}'), or correct the setting"
+            )
     return cluster
+
+
+def custom_resources(config: RunConfig) -> dict[str, float]:
+    """What all workers and ranks together ask of Ray's custom resources."""
+    need: dict[str, float] = {}
+    for section, count in ((config.rollout, config.rollout.workers), (config.learner, config.learner.ranks)):
+        for name, each in section.resources.items():
+            need[name] = need.get(name, 0.0) + count * each
+    return need

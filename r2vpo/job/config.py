@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from learner.config import LearnerConfig
 from r2vpo.algorithm.config import AlgorithmConfig
@@ -183,6 +184,17 @@ class RunConfig:
                 "fresh, and learner and workers would wait for each other; lower sync_every, or raise max_lag to "
                 f"{self.learner.sync_every - 1}"
             )
+        if self.task.eval_every % self.learner.sync_every:
+            raise ValueError(
+                f"task.eval_every={self.task.eval_every} is no multiple of learner.sync_every="
+                f"{self.learner.sync_every}: only published weights can be evaluated; change one of the two"
+            )
+        custom = {**self.rollout.resources, **self.learner.resources}
+        if custom and self.ray.address is None:
+            raise ValueError(
+                f"rollout.resources and learner.resources ask Ray for {', '.join(custom)}, and a private Ray has only "
+                "CPUs and GPUs; remove them, or join the cluster that has them with ray.address"
+            )
         if self.num_fresh < self.learner.minibatches:
             raise ValueError(
                 f"learner.minibatches={self.learner.minibatches} exceeds the {self.num_fresh} fresh groups that "
@@ -273,6 +285,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             task,
             path=task.path and _located("task.path", task.path, homes),
             eval_path=task.eval_path and _located("task.eval_path", task.eval_path, homes),
+            eval_sets={
+                name: _located_set(f"task.eval_sets.{name}", given, homes) for name, given in task.eval_sets.items()
+            },
         ),
     )
 
@@ -280,6 +295,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def to_yaml(config: RunConfig) -> str:
     """The resolved settings as YAML; ``load_config`` reads it back to an equal ``RunConfig``."""
     return dump(config)
+
+
+def _located_set(key: str, given: Any, homes: Sequence[Path]) -> Any:
+    """An entry of ``task.eval_sets`` with its path located."""
+    if isinstance(given, str):
+        return _located(key, given, homes)
+    return given | {"path": _located(f"{key}.path", given["path"], homes)}
 
 
 def _located(key: str, text: str, homes: Sequence[Path]) -> str:

@@ -148,7 +148,10 @@ class RayLauncher:
         if cluster.home is not None:
             environment["VLLM_RPC_BASE_PATH"] = str(cluster.home)  # the sockets of a killed engine go with the folder
         options = cluster.options(
-            config.rollout.num_cpus, config.rollout.num_gpus, gpus_each=config.rollout.tensor_parallel_size
+            config.rollout.num_cpus,
+            config.rollout.num_gpus,
+            gpus_each=config.rollout.tensor_parallel_size,
+            resources=config.rollout.resources,
         )
         self._options = {**options, "runtime_env": {"env_vars": environment}}
         self._logs = logs

@@ -57,7 +57,7 @@ class Learners:
         environment = {"OMP_NUM_THREADS": str(config.learner.omp_threads), "TOKENIZERS_PARALLELISM": "false"}
         if not cluster.on_gpu:
             environment["DS_ACCELERATOR"] = "cpu"
-        options = cluster.options(config.learner.num_cpus, config.learner.num_gpus)
+        options = cluster.options(config.learner.num_cpus, config.learner.num_gpus, resources=config.learner.resources)
         make = LearnerActor.options(**options, runtime_env={"env_vars": environment})
         settings = {
             "config": config.learner,

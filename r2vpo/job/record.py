@@ -10,6 +10,7 @@ from r2vpo.job.checkpoints import Checkpoints
 from r2vpo.job.config import RunConfig
 from r2vpo.job.errorlog import ErrorLog
 from r2vpo.job.measure import Alarms, StepMeter
+from r2vpo.job.readings import evaluation_text
 from r2vpo.job.restarts import Restarts
 from r2vpo.job.rundir import RunDir
 from r2vpo.job.summary import earlier_evaluations, summarise
@@ -81,6 +82,8 @@ class RunRecord:
         """An evaluation is done."""
         self.evaluations[label] = result
         self.view.evaluation(label, result.accuracy, result.greedy_accuracy, result.num_prompts)
+        for name, score in result.sets.items():
+            self.note(evaluation_text(f"{label} on {name}", score.accuracy, score.greedy_accuracy, score.num_prompts))
 
     def write_summary(self, status: str, error: str = "") -> dict[str, Any]:
         """Write summary.json; returns its content."""

@@ -35,6 +35,7 @@ FIXED = {
     "task.eval_prompts": "the prompts that are held out, and thereby those that are not, follow from it",
     "task.split": _PROMPTS,
     "task.options": _PROMPTS,
+    "replay.directory": "the files of the store lie there",
     "replay.shards": "the groups lie in as many files, by the hash of their prompts' keys",
     "learner.ranks": _CUT,
     "learner.zero_stage": _CUT,
@@ -67,16 +68,16 @@ ASKED = frozenset(
 FREE = frozenset({"name", "run_dir"}) | frozenset(
     f"{section}.{name}"
     for section, names in {
-        "task": "reward_deadline_s reward_memory_mb reward_processes",
+        "task": "eval_sets eval_every reward_deadline_s reward_memory_mb reward_processes",
         "rollout": (
             "workers groups_in_flight kv_cache_gb gpu_memory_utilization tensor_parallel_size enforce_eager "
-            "prefix_caching num_cpus num_gpus omp_threads start_timeout_s"
+            "prefix_caching num_cpus num_gpus resources omp_threads start_timeout_s"
         ),
         "replay": "evict_after_lag capacity_groups capacity_gb lease_s",
         "learner": (
             "steps micro_batch_tokens gradient_checkpointing attention bucket_mb sync_every checkpoint_every "
             "keep_checkpoints "
-            "keep_every max_bad_steps num_cpus num_gpus omp_threads step_timeout_s"
+            "keep_every max_bad_steps num_cpus num_gpus resources omp_threads step_timeout_s"
         ),
         "supervisor": "max_restarts window_s backoff_s silent_s probe_every_s",
         "tracking": "wandb project",

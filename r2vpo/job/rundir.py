@@ -4,7 +4,7 @@
                 metrics.jsonl one object per learner step
                 summary.json  the result
                 status.json   what every component does, about once a second while the run goes on
-                replay/  checkpoints/  logs/  model/
+                replay/  checkpoints/  logs/  model/       replay may lead elsewhere (replay.directory)
                 control/      commands to the driver, and its answers (mailbox.py)
                 lock          held (flock) by the process that runs it
 
@@ -103,6 +103,29 @@ class RunDir:
     def replay(self) -> Path:
         """The replay store."""
         return self.path / "replay"
+
+    def place_replay(self, directory: str | None) -> Path:
+        """Where the store's files lie: below ``directory`` if a new run asks for that, with ``replay`` leading there.
+
+        ``RunDirError`` if another run has such a folder, or this one's is not on this machine.
+        """
+        if directory is not None and not self.replay.is_symlink() and not any(self.replay.iterdir()):
+            target = Path(directory).expanduser().absolute() / self.name
+            try:
+                target.mkdir(parents=True)
+            except OSError as error:
+                raise RunDirError(
+                    f"replay.directory={directory}: cannot make {target} for the store of this run: {error.strerror}; "
+                    "remove what another run of that name left there, or choose another directory or name"
+                ) from None
+            self.replay.rmdir()
+            self.replay.symlink_to(target)
+        if not self.replay.exists():
+            raise RunDirError(
+                f"{self.replay} leads to {self.replay.readlink()}, which is not on this machine; resume on the one "
+                "that has it, or bring the folder from there"
+            )
+        return self.replay.resolve()
 
     @property
     def checkpoints(self) -> Path:

@@ -55,7 +55,7 @@ from r2vpo.job.settings import ConfigError
 from r2vpo.job.signals import StopRequest
 from r2vpo.job.status import ComponentStatus, RunStatus, StoreStatus
 from r2vpo.job.store import GOODBYE_S
-from r2vpo.job.summary import RUNNING
+from r2vpo.job.summary import RUNNING, evaluation_metrics
 from r2vpo.job.yard import make_store
 
 SAMPLE_S = 1.0
@@ -81,7 +81,7 @@ class Session:
         self._model_path = str(path.resolve()) if path.is_dir() else config.model.path
         self._store = make_store(
             config,
-            run.replay.resolve(),
+            run.place_replay(config.replay.directory),
             resume_step=record.next_step if resume else None,
             note=record.note,
             restarts=record.restarts,
@@ -227,6 +227,7 @@ class Session:
             published = self._learners.publish_due(record.next_step + 1)
             await together(self._store.commit(batch, stop=self._stop.wait), published)
             record.look_at_store(await self._store.stats())
+            metrics |= await self._progress(record.next_step + 1)
             record.step(metrics, wait_s=wait_s, workers=await self._fleet.stats())
             is_due = record.alarms.is_sound and record.checkpoints.is_due(record.next_step)
             if is_due or self._wants_checkpoint.is_set():
@@ -264,6 +265,13 @@ class Session:
         record = self._record
         record.phase(f"evaluation {label}, {self._config.task.eval_prompts} held-out prompts")
         record.evaluation(label, await self._fleet.evaluate(version=record.next_step))
+
+    async def _progress(self, version: int) -> dict[str, float]:
+        """Accuracy on held-out prompts of every ``task.eval_every``-th version but the last; nothing of others."""
+        every = self._config.task.eval_every
+        if not every or version % every or version == self._config.learner.steps:
+            return {}
+        return evaluation_metrics(await self._fleet.evaluate(version=version))
 
     async def _replace_learners(self, lost: JobFailed) -> None:
         """Another learner group goes on from the newest checkpoint; the store goes back with it.

@@ -97,26 +97,41 @@ def earlier_evaluations(path: Path) -> dict[str, Evaluation]:
     if not path.exists():
         return {}
     before = json.loads(path.read_text(encoding="utf-8"))["eval"]["before"]
-    if before["accuracy"] is None:
-        return {}
-    return {
-        "before": Evaluation(
-            version=0,
-            accuracy=before["accuracy"],
-            greedy_accuracy=before["greedy"],
-            num_prompts=before["num_prompts"],
-        )
-    }
+    return {} if before["accuracy"] is None else {"before": _read_evaluation(before)}
+
+
+def evaluation_metrics(result: Evaluation) -> dict[str, float]:
+    """An evaluation during the training, as metrics of the step that it follows."""
+    metrics = {"eval/accuracy": result.accuracy, "eval/greedy_accuracy": result.greedy_accuracy}
+    for name, score in result.sets.items():
+        metrics |= {f"eval/{name}/accuracy": score.accuracy, f"eval/{name}/greedy_accuracy": score.greedy_accuracy}
+    return metrics
+
+
+def _read_evaluation(written: Mapping[str, Any]) -> Evaluation:
+    """What `_evaluation` wrote of the initial weights; an accuracy that was none is NaN again."""
+    return Evaluation(
+        version=0,
+        accuracy=_number(written["accuracy"]),
+        greedy_accuracy=_number(written["greedy"]),
+        num_prompts=written["num_prompts"],
+        sets={name: _read_evaluation(score) for name, score in written.get("sets", {}).items()},
+    )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _evaluation(result: Evaluation | None) -> dict[str, Any]:
     if result is None:
         return {"accuracy": None, "greedy": None, "num_prompts": 0}
+    sets = {name: _evaluation(score) for name, score in result.sets.items()}
     return {
         "accuracy": _finite(result.accuracy),
         "greedy": _finite(result.greedy_accuracy),
         "num_prompts": result.num_prompts,
-    }
+    } | ({"sets": sets} if sets else {})
 
 
 def _replay(store: Metrics) -> dict[str, Any]:

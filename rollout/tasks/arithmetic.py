@@ -7,7 +7,7 @@ the direction of writing, so a model of a few hundred thousand parameters can le
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -50,6 +50,11 @@ class ArithmeticTask:
     def num_eval_prompts(self) -> int:
         """Held-out prompts: as many as asked for, or all there are."""
         return len(self._eval)
+
+    @property
+    def eval_sets(self) -> Mapping[str, Sequence[TaskPrompt]]:
+        """None: its held-out prompts are all that there is."""
+        return {}
 
     def prompt(self, index: int) -> TaskPrompt:
         """Training prompt ``index``."""

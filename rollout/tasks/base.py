@@ -12,7 +12,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,6 +41,11 @@ class Task(Protocol):
     @property
     def num_eval_prompts(self) -> int:
         """Held-out prompts; none of them is a training prompt."""
+        ...
+
+    @property
+    def eval_sets(self) -> Mapping[str, Sequence[TaskPrompt]]:
+        """Further held-out prompts, by the name of their set."""
         ...
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class DatasetTask:
             raise ValueError(f"task.options={config.options}: task.name=dataset has no options; set task.options={{}}")
         assert config.path is not None, "the configuration refuses a dataset without a path"
         rows = _read(config.path, config, key="task.path")
+        self._sets = {name: _read_set(config, name) for name in config.eval_sets}
         if config.eval_path is not None:
             if Path(config.path).resolve() == Path(config.eval_path).resolve():
                 raise ValueError(
@@ -63,6 +64,11 @@ class DatasetTask:
         """Held-out rows."""
         return len(self._eval)
 
+    @property
+    def eval_sets(self) -> Mapping[str, Sequence[TaskPrompt]]:
+        """The first ``eval_prompts`` rows of each of ``task.eval_sets``."""
+        return self._sets
+
     def prompt(self, index: int) -> TaskPrompt:
         """Training row ``index``."""
         text, truth = self._train[index]
@@ -72,6 +78,14 @@ class DatasetTask:
         """Held-out row ``index``."""
         text, truth = self._eval[index]
         return TaskPrompt(text=text, truth=truth)
+
+
+def _read_set(config: TaskConfig, name: str) -> list[TaskPrompt]:
+    """The prompts of one of ``config.eval_sets``."""
+    own = config.eval_set(name)
+    assert own.path is not None, "a set without a path is refused"
+    rows = _read(own.path, own, key=f"task.eval_sets.{name}")
+    return [TaskPrompt(text=text, truth=truth) for text, truth in rows[: config.eval_prompts]]
 
 
 def _read(path: str, config: TaskConfig, *, key: str) -> list[Row]:

@@ -14,13 +14,18 @@ def verify(response: str, truth: Any) -> float | None:
     """1 if the answer in ``response`` equals ``truth``, 0 if not or if there is none; None if ``truth`` is no answer.
 
     ``truth`` is a number, bare LaTeX such as ``\\frac{1}{2}``, or text that holds its answer in ``$…$``, in
-    ``\\boxed{…}`` or after ``####``. math-verify's own timeouts are off: they need ``signal.alarm``, and the pool's
-    deadline kills.
+    ``\\boxed{…}`` or after ``####``; a list of these asks for all of them. math-verify's own timeouts are off: they
+    need ``signal.alarm``, and the pool's deadline kills.
     """
-    gold = _parse(_marked(str(truth)))
+    gold = _parse(_marked(_joined(truth) if isinstance(truth, list) else str(truth)))
     if all(isinstance(reading, str) for reading in gold):  # math-verify falls back to the text it could not read
         return None
     return float(math_verify.verify(gold, _parse(response), timeout_seconds=None))
+
+
+def _joined(truths: list[Any]) -> str:
+    """Several answers as one: math-verify reads ``1, 2`` as a list."""
+    return ", ".join(str(truth).strip().strip("$") for truth in truths)
 
 
 def _marked(truth: str) -> str:

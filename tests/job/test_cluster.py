@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from r2vpo.job import cluster
-from r2vpo.job.cluster import HOME_PREFIX, close_cluster, make_home
-from r2vpo.job.config import ConfigError, ModelConfig, RunConfig
+from r2vpo.job.cluster import HOME_PREFIX, Cluster, close_cluster, make_home
+from r2vpo.job.config import ConfigError, ModelConfig, RayConfig, RunConfig
 from rollout.config import RolloutConfig
 
 
@@ -85,3 +85,20 @@ def test_a_job_that_would_never_be_placed_is_refused_with_need_and_supply(monkey
         cluster._check_supply(config, 3.0, None)
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 3.0, "GPU": 5.0})
     assert cluster._check_supply(config, 3.0, None).on_gpu
+
+
+def test_custom_resources_are_asked_for_and_checked_against_the_cluster(monkeypatch):
+    config = RunConfig(
+        name="a",
+        model=ModelConfig(path="m"),
+        rollout=RolloutConfig(workers=3, resources={"rollout": 1.0}),
+        ray=RayConfig(address="auto"),
+    )
+    options = Cluster(on_gpu=False, home=None).options(1, None, resources=config.rollout.resources)
+    assert options == {"num_cpus": 1, "num_gpus": 0, "resources": {"rollout": 1.0}}
+    supply = {"CPU": 8.0, "rollout": 2.0}
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: supply)
+    with pytest.raises(ConfigError, match=r"needs 3 of the Ray resource rollout .* and the cluster has 2; declare it"):
+        cluster._check_supply(config, 4, None)
+    supply["rollout"] = 3.0
+    assert not cluster._check_supply(config, 4, None).on_gpu

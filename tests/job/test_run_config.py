@@ -126,6 +126,17 @@ def test_values_arrive_as_written(load, yaml_text, override, key, value):
             ("learner.sync_every=4", "replay.max_lag=2"),
             ["learner.sync_every=4 exceeds replay.max_lag=2 + 1", "wait for each other", "raise max_lag to 3"],
         ),
+        (
+            "",
+            ("task.eval_every=3", "learner.sync_every=2"),
+            ["task.eval_every=3 is no multiple of learner.sync_every=2"],
+        ),
+        (
+            "",
+            ("rollout.resources={rollout: 1}",),
+            ["ask Ray for rollout", "a private Ray has only CPUs and GPUs", "ray.address"],
+        ),
+        ("", ("rollout.resources={rollout: much}",), ["rollout.resources.rollout", "'much'"]),
         ("", ("ray.address=auto", "ray.num_cpus=4"), ["ray.num_cpus=4", "ray.address=auto", "remove one"]),
         ("", ("ray.num_cpus=2", "rollout.workers=2"), ["ray.num_cpus=2 is less than the 3 CPUs", "rollout.workers=2"]),
     ],
@@ -177,6 +188,18 @@ def test_paths_are_found_from_here_and_then_from_above_the_config_file(load, tmp
     assert config.run_dir == str(elsewhere / "runs")
     (elsewhere / "m").mkdir()
     assert load().model.path == str(elsewhere / "m")
+
+
+def test_paths_of_further_sets_are_found_like_the_others(load, tmp_path):
+    (tmp_path / "amc.jsonl").touch()
+    sets = "{amc: amc.jsonl, aime: {path: org/aime, split: test}, again: {path: amc.jsonl}}"
+    config = load(f"task: {{name: dataset, path: org/name, eval_sets: {sets}}}")
+    here = str(tmp_path / "amc.jsonl")
+    assert config.task.eval_sets == {
+        "amc": here,
+        "aime": {"path": "org/aime", "split": "test"},
+        "again": {"path": here},
+    }
 
 
 def test_off_policy_means_lag_or_stale_groups(load):

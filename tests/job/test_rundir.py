@@ -131,3 +131,21 @@ def test_a_file_is_replaced_as_a_whole_and_nothing_else_is_left(tmp_path):
             write(tmp_path / "x", "\ud800")
         assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
         assert (tmp_path / "x").read_text() == "new"
+
+
+def test_a_store_on_a_disk_of_the_node_is_found_through_the_folder_of_the_run(tmp_path):
+    disk = tmp_path / "disk"
+    with RunDir.create(tmp_path / "runs", "a") as run:
+        placed = run.place_replay(str(disk))
+        assert placed == disk / "a"
+        (placed / "file").touch()
+        assert (RunDir(run.path).replay / "file").exists()
+        assert run.place_replay(str(disk)) == placed, "a resumed run goes on where it was"
+        assert run.place_replay(None) == placed
+    with RunDir.create(tmp_path / "others", "a") as other, pytest.raises(RunDirError, match="another run of that name"):
+        other.place_replay(str(disk))
+    disk.rename(tmp_path / "moved")
+    with pytest.raises(RunDirError, match=r"replay leads to .*disk/a, which is not on this machine"):
+        run.place_replay(str(disk))
+    with RunDir.create(tmp_path / "runs", "plain") as plain:
+        assert plain.place_replay(None) == plain.path / "replay"

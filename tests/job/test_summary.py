@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from r2vpo.job.summary import earlier_evaluations, summarise
+from r2vpo.job.summary import earlier_evaluations, evaluation_metrics, summarise
 from r2vpo.records import Evaluation, SyncRecord
 
 
@@ -130,3 +130,26 @@ def test_the_first_evaluation_of_a_run_is_read_back_from_its_summary(config, tmp
         )
         path.write_text(json.dumps(summary))
         assert earlier_evaluations(path) == evaluations
+
+
+def test_further_sets_stand_in_the_summary_and_in_the_metrics_under_their_names(config, tmp_path):
+    amc = Evaluation(version=0, accuracy=0.25, greedy_accuracy=math.nan, num_prompts=40)
+    before = Evaluation(version=0, accuracy=0.5, greedy_accuracy=0.75, num_prompts=64, sets={"amc": amc})
+    summary = summarise(
+        config,
+        steps=[],
+        status="running",
+        wall_s=0.0,
+        evaluations={"before": before},
+        store=STORE,
+        syncs=[],
+        restarts={"rollout": 2},
+    )
+    assert summary["eval"]["before"]["sets"] == {"amc": {"accuracy": 0.25, "greedy": None, "num_prompts": 40}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    read = earlier_evaluations(tmp_path / "summary.json")["before"].sets["amc"]
+    assert (read.accuracy, read.num_prompts) == (0.25, 40)
+    assert math.isnan(read.greedy_accuracy)
+    metrics = evaluation_metrics(before)
+    assert metrics.pop("eval/amc/greedy_accuracy") is amc.greedy_accuracy
+    assert metrics == {"eval/accuracy": 0.5, "eval/greedy_accuracy": 0.75, "eval/amc/accuracy": 0.25}

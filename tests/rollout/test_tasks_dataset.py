@@ -60,6 +60,52 @@ def test_a_file_of_its_own_may_be_held_out(tmp_path):
     assert [p.truth for p in held_out] == [0, 1]
 
 
+def test_further_sets_are_held_out_each_with_its_own_fields(tmp_path, monkeypatch):
+    asked = []
+
+    def load(dataset_id, split):
+        asked.append((dataset_id, split))
+        return [{"question": f"hub {i}", "final_answer": [str(i)]} for i in range(3)]
+
+    monkeypatch.setattr("rollout.tasks.dataset._load", load)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    mine = jsonl(tmp_path, {"prompt": "mine", "answer": 7}, name="mine.jsonl")
+    hub = {"path": "org/olympiad", "split": "test", "prompt_field": "question", "truth_field": "final_answer"}
+    sets = {"mine": str(mine), "olympiad": hub}
+    task = dataset(jsonl(tmp_path, *ROWS), eval_sets=sets, eval_prompts=2, prompt_template="Q: {prompt}")
+    assert asked == [("org/olympiad", "test")]
+    assert task.eval_sets == {
+        "mine": [TaskPrompt(text="Q: mine", truth=7)],
+        "olympiad": [TaskPrompt(text="Q: hub 0", truth=["0"]), TaskPrompt(text="Q: hub 1", truth=["1"])],
+    }
+    assert task.num_prompts == 3, "what training and the task's own evaluation have stays as it was"
+
+
+def test_a_further_set_that_cannot_be_read_is_named(tmp_path):
+    file = jsonl(tmp_path, *ROWS)
+    with pytest.raises(ValueError, match=r"^task\.eval_sets\.aime=none\.jsonl does not exist"):
+        dataset(file, eval_sets={"aime": "none.jsonl"})
+    other = jsonl(tmp_path, {"question": "2"}, name="aime.jsonl")
+    with pytest.raises(ValueError, match=r"aime\.jsonl, line 1: field 'prompt' is missing \(there are: question\)"):
+        dataset(file, eval_sets={"aime": str(other)})
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ({"a/b": "x"}, r"task\.eval_sets\.a/b: a set's name has letters"),
+        ({"a": 3}, r"task\.eval_sets\.a must be a path or dataset id, or a mapping with such a path, not 3"),
+        ({"a": {"split": "test"}}, r"task\.eval_sets\.a must be a path"),
+        ({"a": {"path": "x", "spilt": "test"}}, r"task\.eval_sets\.a\.spilt='test' is not one of path, split, prompt"),
+    ],
+)
+def test_a_further_set_that_is_not_well_formed_is_refused(sets, message):
+    with pytest.raises(ValueError, match=message):
+        TaskConfig(name="dataset", path="x", eval_sets=sets)
+    with pytest.raises(ValueError, match=r"task\.name=arithmetic has none beside its own"):
+        TaskConfig(eval_sets={"a": "x"})
+
+
 def test_fields_and_template_are_mapped(tmp_path):
     rows = [{"question": "1+{1}", "gold": {"value": [2]}}] * 2
     template = "Q: {prompt}\nAnswer in \\boxed{{}}."

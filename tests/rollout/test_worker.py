@@ -15,6 +15,7 @@ from r2vpo.records import NO_VERSION, Outcome
 from rollout.generation import EngineFailed, request_seed
 from rollout.rewards import Verdict
 from rollout.sync import MAX_TRIES, WeightSyncFailed
+from rollout.tasks.base import TaskPrompt
 from rollout.worker import BusyClock
 from tests.rollout.worker_fakes import World, settle, until
 
@@ -445,6 +446,25 @@ async def test_an_evaluation_waits_for_its_version_and_takes_the_mean_of_verdict
     assert [r["temperature"] for r in world.engine.requests] == [0.5] * 3 + [0.0] * 3
     assert {r["n"] for r in world.engine.requests} == {1}
     assert [r["seed"] for r in world.engine.requests[:2]] == [request_seed(7, "eval.0"), request_seed(7, "eval.1")]
+
+
+async def test_an_evaluation_scores_every_further_set_of_the_task_by_itself(world):
+    amc, aime = [TaskPrompt(text="e8", truth=1)], [TaskPrompt(text="e7", truth=0), TaskPrompt(text="e6", truth=0)]
+    world.worker._task.eval_sets = {"amc": amc, "aime": aime}
+
+    async def score(items):
+        return [Verdict(outcome=Outcome.SCORED, reward=float(truth == 1)) for _, truth in items]
+
+    world.rewards.score = score
+    await world.start()
+    result = await world.worker.evaluate(version=0, num_prompts=1, timeout_s=5)
+    assert result.num_prompts == 1
+    assert {name: (s.accuracy, s.greedy_accuracy, s.num_prompts) for name, s in result.sets.items()} == {
+        "amc": (1.0, 1.0, 1),
+        "aime": (0.0, 0.0, 2),
+    }
+    seeds = {tuple(r["prompt"]): r["seed"] for r in world.engine.requests}
+    assert seeds[(6, 9)] == request_seed(7, "eval.aime.1")
 
 
 async def test_an_evaluation_leaves_out_what_the_engine_refuses(world):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import NoReturn
 
@@ -52,6 +52,7 @@ class FakeTask:
     num_prompts = 100
     num_eval_prompts = 3
     reward = "none:none"
+    eval_sets: Mapping[str, Sequence[TaskPrompt]] = {}
 
     def prompt(self, index: int) -> TaskPrompt:
         return TaskPrompt(text=str(index), truth=10 * index)

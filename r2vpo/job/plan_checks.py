@@ -22,7 +22,7 @@ MASK_BYTES = GIB
 
 def problems(plan: Plan) -> list[str]:
     """What cannot work."""
-    checks = (_supply, _learner_gpu, _engine_gpu, _kv_cache, _main_memory, _bucket)
+    checks = (_supply, _learner_gpu, _engine_gpu, _shared_gpu, _kv_cache, _main_memory, _bucket)
     return [sentence for find in checks for sentence in find(plan)]
 
 
@@ -110,6 +110,23 @@ def _engine_gpu(plan: Plan) -> Iterator[str]:
             f"an engine needs {gib(plan.engine.total)} on each GPU, {gib(plan.engine.kv_cache or 0)} of it for "
             f"rollout.kv_cache_gb={rollout.kv_cache_gb:g}, and a GPU has {gib(limit)}: set rollout.kv_cache_gb=null, "
             f"or raise rollout.tensor_parallel_size={rollout.tensor_parallel_size}"
+        )
+
+
+def _shared_gpu(plan: Plan) -> Iterator[str]:
+    """Where both take a fraction of a GPU, an engine and a learner rank fit into one together."""
+    limit = plan.shape.gpu_memory_bytes
+    parts = {kind.name: kind.gpus for kind in plan.actors}
+    worker, rank = parts["rollout worker"], parts["learner rank"]
+    if limit is None or not (0 < worker < 1 and 0 < rank < 1 and worker + rank <= 1):
+        return
+    rollout = plan.config.rollout
+    engine = rollout.gpu_memory_utilization * limit if rollout.kv_cache_gb is None else plan.engine.total or 0.0
+    if plan.learner.total + engine > GPU_SHARE * limit:
+        yield (
+            f"a learner rank ({gib(plan.learner.total)}) and an engine ({gib(engine)}) share a GPU by learner.num_gpus="
+            f"{rank:g} and rollout.num_gpus={worker:g}, and it has {gib(limit)}: set or lower rollout.kv_cache_gb, or "
+            "give each a GPU of its own"
         )
 
 

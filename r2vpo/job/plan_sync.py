@@ -10,7 +10,7 @@ import numpy as np
 MEASURE_S = 0.2
 PROBE_BYTES = 32 << 20
 PUBLISH_COPIES = 3
-"""Out of the model, into a bucket, into the object store; see `learner.publish`."""
+"""Into a bucket, read for its checksum, into the object store; see `learner.publish`."""
 FETCH_COPIES = 2
 """Read for its checksum, written to the file that the engine reads; see `rollout.sync`."""
 LOAD_COPIES = 2

@@ -66,13 +66,59 @@ def quickstart(*overrides: str) -> RunConfig:
     return load_config(CONFIGS / "quickstart.yaml", overrides)
 
 
+R1_QWEN_SHAPE = replace(QWEN_SHAPE, num_parameters=1_777_088_000)  # the same with a head of its own
+QWEN_7B_SHAPE = replace(
+    QWEN_SHAPE,
+    num_parameters=7_615_616_512,
+    hidden=3584,
+    intermediate=18944,
+    query=3584,
+    key_value=512,
+    vocabulary=152064,
+)
+RECIPES = {
+    "quickstart": (LARGER, LAPTOP),
+    "math-qwen-1.5b": (QWEN_SHAPE, NODE),
+    "math-qwen-1.5b-one-gpu": (QWEN_SHAPE, "gpus=1,cpus=16,memory_gb=120,gpu_memory_gb=80"),
+    "math-qwen-7b": (QWEN_7B_SHAPE, f"nodes=2,{NODE}"),
+    "r1-qwen-1.5b": (R1_QWEN_SHAPE, NODE),
+}
+"""The model of every recipe, and machines like those that it was written for."""
+
+
 def math_recipe(*overrides: str) -> RunConfig:
     return load_config(CONFIGS / "math-qwen-1.5b.yaml", overrides)
 
 
-def test_every_recipe_is_accepted_on_a_cluster_of_its_shape():
-    assert problems(planned(quickstart(), LARGER, LAPTOP)) == []
-    assert problems(planned(math_recipe(), QWEN_SHAPE, NODE)) == []
+def test_every_recipe_has_machines_to_be_planned_for():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_accepted_on_a_cluster_of_its_shape(name):
+    model, cluster = RECIPES[name]
+    plan = planned(load_config(CONFIGS / f"{name}.yaml"), model, cluster)
+    assert problems(plan) == []
+    if name != "quickstart":  # whose model here is a larger one
+        assert not any(
+            "GPUs stay idle" in sentence or "goes by way of the disk" in sentence for sentence in warnings(plan)
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "learner_gib", "engine_gib", "main_gib"),
+    [
+        ("math-qwen-1.5b", 23, 68, [38]),
+        ("math-qwen-1.5b-one-gpu", 34, 11, [17]),
+        ("math-qwen-7b", 25, 68, [105, 159]),
+        ("r1-qwen-1.5b", 19, 68, [43]),
+    ],
+)
+def test_the_memory_that_a_recipe_states_is_what_the_plan_says(name, learner_gib, engine_gib, main_gib):
+    plan = planned(load_config(CONFIGS / f"{name}.yaml"), *RECIPES[name])
+    assert round(plan.learner.total / 2**30) == learner_gib
+    assert round((plan.engine.total or 0) / 2**30) == engine_gib
+    assert [round(host.total / 2**30) for host in plan.hosts] == main_gib
 
 
 def test_the_quickstart_can_start_here_and_its_plan_says_how_it_is_made_up(capsys):
@@ -147,9 +193,18 @@ def test_memory_of_the_two_measured_runs_is_within_a_fifth():
         (["rollout.kv_cache_gb=100"], NODE, ["100 GiB of it for rollout.kv_cache_gb=100", "a GPU has 80.0 GiB"]),
         (["rollout.kv_cache_gb=0.1"], NODE, ["needs 112 MiB of KV cache", "has 103 MiB", "to 0.109 or more"]),
         ([], "gpus=8,cpus=96,memory_gb=20,gpu_memory_gb=80", ["machine 1 would need 38.4 GiB", "has 20.0 GiB"]),
-        (["learner.bucket_mb=600"], NODE, ["takes 600 MiB", "has 512 MiB", "lower learner.bucket_mb=600"]),
+        (
+            ["learner.bucket_mb=600", "ray.object_store_mb=512"],
+            NODE,
+            ["takes 600 MiB", "has 512 MiB", "lower learner.bucket_mb=600"],
+        ),
+        (
+            ["rollout.num_gpus=0.5", "learner.num_gpus=0.5"],
+            "gpus=4,cpus=96,memory_gb=1000,gpu_memory_gb=80",
+            ["rank (22.7 GiB) and an engine (68.0 GiB) share a GPU", "rollout.num_gpus=0.5", "it has 80.0 GiB"],
+        ),
     ],
-    ids=["no GPU", "CPUs", "not together", "learner", "engine", "KV cache", "main memory", "bucket"],
+    ids=["no GPU", "CPUs", "not together", "learner", "engine", "KV cache", "main memory", "bucket", "shared GPU"],
 )
 def test_what_cannot_work_is_refused_with_both_numbers_and_the_fix(overrides, cluster, parts):
     [sentence] = problems(planned(math_recipe(*overrides), QWEN_SHAPE, cluster))

@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check bench clean
+.PHONY: help quickstart test drills check bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,10 @@ quickstart: $(INSTALLED) ## train a small model on the whole stack, in minutes o
 
 test: $(INSTALLED) ## run the tests that need no GPU
 	@$(BIN)/python -m pytest -m "not gpu and not slow"
+
+drills: $(INSTALLED) ## kill and stop every process of a run in every phase, and what else may break: hours on two cores
+	@$(BIN)/python -m pytest tests/faults -m faults
+	@$(BIN)/python -m benchmarks.faults drills pressure repeated
 
 check: $(INSTALLED) ## ruff, formatting, pyright, import-linter
 	$(BIN)/ruff check .

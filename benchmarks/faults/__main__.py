@@ -12,7 +12,7 @@ import time
 
 from benchmarks.table import Row, run_part, table, write
 
-PARTS = ("checkpoint",)
+PARTS = ("checkpoint", "drills", "pressure", "repeated")
 
 
 def main(parts: list[str]) -> int:

@@ -12,8 +12,11 @@ from pathlib import Path
 
 _CUSTOMIZE = """\
 import logging
+import os
 import sys
 
+if "ENGINE_PROCESS" in os.environ:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # set to 0 by now where it matters
 _handler = logging.StreamHandler(sys.stderr)
 _handler.setFormatter(logging.Formatter("%(message)s"))
 _logger = logging.getLogger("rollout.worker")
@@ -23,14 +26,17 @@ _logger.setLevel(logging.DEBUG)
 _LINE = re.compile(r"^acknowledged (\d+\.\d+)\n", re.MULTILINE)
 
 
-def recording(folder: Path) -> dict[str, str]:
+def recording(folder: Path, *, engine_process: bool = False) -> dict[str, str]:
     """The environment for a run whose workers are to write down what was acknowledged; ``folder`` is for a file of it.
+
+    With ``engine_process`` engines have a process of their own, as on a GPU.
 
     Python runs a module ``sitecustomize`` whenever it starts.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sitecustomize.py").write_text(_CUSTOMIZE)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    own = {"ENGINE_PROCESS": "1"} if engine_process else {}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]), **own}
 
 
 def acknowledged(logs: Path) -> list[str]:

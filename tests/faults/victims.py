@@ -34,15 +34,15 @@ STARTED: list[subprocess.Popen[bytes]] = []
 class Run:
     """``r2vpo train`` on the quickstart's recipe, in the background."""
 
-    def __init__(self, folder: Path, *overrides: str) -> None:
-        """``folder`` holds the run, and what is recorded of it."""
+    def __init__(self, folder: Path, *overrides: str, engine_process: bool = False) -> None:
+        """``folder`` holds the run, and what is recorded of it; ``engine_process``: engines have one of their own."""
         self.folder = folder / "run"
         folder.mkdir(parents=True, exist_ok=True)
         self._printed = folder / f"output-{time.time_ns()}"
         self._process = subprocess.Popen(
             [*COMMAND, str(CONFIG), f"run_dir={folder}", "name=run", "tracking.wandb=off", *overrides],
             cwd=REPOSITORY,
-            env=recording(folder / "recording"),
+            env=recording(folder / "recording", engine_process=engine_process),
             stdout=self._printed.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -58,19 +58,19 @@ class Run:
             assert self._process.poll() is None, self._printed.read_text()
             assert time.monotonic() < until_s, f"no {count} steps within {START_S:g} s"
             time.sleep(0.02)
-        self._look()
+        self.look()
 
     def await_processes(self, title: str, count: int) -> None:
         """Return once so many processes have this title."""
         until_s = time.monotonic() + START_S
-        while len(self._titled(title)) != count:
+        while len(self.titled(title)) != count:
             assert time.monotonic() < until_s, [p.cmdline() for p in self.family]
             time.sleep(0.1)
-            self._look()
+            self.look()
 
     def kill(self, title: str, *, one_of: int = 1, by: signal.Signals = signal.SIGKILL) -> None:
         """A signal to the process with this title, the first of so many; ``driver`` is the command itself."""
-        victims = self._titled(title) if title != "driver" else self.family[:1]
+        victims = self.titled(title) if title != "driver" else self.family[:1]
         assert len(victims) == one_of, [p.cmdline() for p in self.family]
         victims[0].send_signal(by)
 
@@ -81,19 +81,31 @@ class Run:
             assert self._process.poll() is None, self._printed.read_text()
             assert time.monotonic() < until_s, f"no {pattern} within {START_S:g} s: {self._printed.read_text()}"
             time.sleep(0.05)
-        self._look()
+        self.look()
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """See who is there now."""
         driver = psutil.Process(self._process.pid)
         self.family = [driver, *driver.children(recursive=True)]
 
-    def _titled(self, title: str) -> list[psutil.Process]:
+    def titled(self, title: str) -> list[psutil.Process]:
+        """Those of ``family`` that have this title."""
+
         def is_titled(process: psutil.Process) -> bool:
             with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 return title in " ".join(process.cmdline())
             return False
 
         return [process for process in self.family if is_titled(process)]
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while the run goes on."""
+        return self._process.poll()
+
+    def printed(self) -> str:
+        """What it has printed since it was started."""
+        return self._printed.read_text()
 
     def interrupt(self) -> None:
         """Ctrl-C."""

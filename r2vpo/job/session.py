@@ -213,8 +213,13 @@ class Session:
             await until_stop(self._evaluate("after"), self._stop.wait)
 
     async def _train(self) -> None:
-        """The learner's loop. Consumes batches; waits for the store and the ranks; produces versions and metrics."""
+        """The learner's loop. Consumes batches; waits for the store and the ranks; produces versions and metrics.
+
+        At lag 0 weights go out last, when their checkpoint is written: what was sampled from weights that are lost would
+        be lost with them, and a run that went on from its checkpoint would train on other prompts.
+        """
         config, record = self._config.learner, self._record
+        publishes_last = self._config.replay.max_lag == 0 and not self._config.task.eval_every
         record.phase("first groups")
         record.meter.start(await self._fleet.stats())
         while record.next_step < config.steps:
@@ -224,14 +229,19 @@ class Session:
                 break
             wait_s = time.monotonic() - asked_s
             metrics = await self._learners.train_step(batch)
-            published = self._learners.publish_due(record.next_step + 1)
-            await together(self._store.commit(batch, stop=self._stop.wait), published)
+            commit = self._store.commit(batch, stop=self._stop.wait)
+            if publishes_last:
+                await commit
+            else:
+                await together(commit, self._learners.publish_due(record.next_step + 1))
             record.look_at_store(await self._store.stats())
             metrics |= await self._progress(record.next_step + 1)
             record.step(metrics, wait_s=wait_s, workers=await self._fleet.stats())
             is_due = record.alarms.is_sound and record.checkpoints.is_due(record.next_step)
             if is_due or self._wants_checkpoint.is_set():
                 await self._save()
+            if publishes_last:
+                await self._learners.publish_due(record.next_step)
 
     async def _sample(self, step: int) -> ShardedBatch | None:
         """The batch of ``step``; None if the run is asked to stop. ``FailedForGood`` if nothing to train on comes."""

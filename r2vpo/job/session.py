@@ -215,8 +215,8 @@ class Session:
     async def _train(self) -> None:
         """The learner's loop. Consumes batches; waits for the store and the ranks; produces versions and metrics.
 
-        At lag 0 weights go out last, when their checkpoint is written: what was sampled from weights that are lost would
-        be lost with them, and a run that went on from its checkpoint would train on other prompts.
+        At lag 0 weights go out last, after their checkpoint: what is sampled from weights that are lost is lost with
+        them, and a run that goes on from its checkpoint would train on other prompts.
         """
         config, record = self._config.learner, self._record
         publishes_last = self._config.replay.max_lag == 0 and not self._config.task.eval_every

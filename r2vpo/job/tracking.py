@@ -45,28 +45,52 @@ class Tracker:
         """
         self._note, self._path = note, run.metrics
         keep_until(run.metrics, resume_step)
-        self._file = run.metrics.open("a", encoding="utf-8")
+        self._file = run.metrics.open("ab", buffering=0)
+        self._waiting: list[tuple[int, bytes]] = []  # steps and their lines, for which the disk had no room
         self._mirror = None if config.tracking.wandb == "off" else Mirror(config, run)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """Write the metrics of a step; ``metrics["step"]`` is its number. NaN and infinity become null."""
+        """Write the metrics of a step; ``metrics["step"]`` is its number. NaN and infinity become null.
+
+        On a full disk they wait for the next step, with a note: it must not end the run.
+        """
         assert "step" in metrics, "metrics of a step carry its number"
-        self._file.write(json.dumps(jsonable(metrics), ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(jsonable(metrics), ensure_ascii=False, allow_nan=False) + "\n"
+        self._waiting.append((metrics["step"], line.encode()))
+        self._write()
         self._tell()
 
     def go_back(self, step: int) -> None:
         """``step`` is the next one to be written, once more; what was written from there on is undone."""
         self._file.close()
         keep_until(self._path, step)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._waiting = [(number, line) for number, line in self._waiting if number < step]
+        self._file = self._path.open("ab", buffering=0)
 
     def close(self, *, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Write no more; W&B gets ``timeout_s`` seconds to take over the rest. May be called twice."""
+        if not self._file.closed:
+            self._write()
         self._file.close()
         if self._mirror is not None:
             self._mirror.close(timeout_s)
             self._tell()
+
+    def _write(self) -> None:
+        """Whole lines, as many as the disk takes."""
+        was_waiting = len(self._waiting) > 1
+        while self._waiting:
+            size = os.fstat(self._file.fileno()).st_size
+            left = self._waiting[0][1]
+            try:
+                while left:
+                    left = left[os.write(self._file.fileno(), left) :]
+            except OSError as error:
+                os.ftruncate(self._file.fileno(), size)
+                if not was_waiting:
+                    self._note(f"{self._path} cannot be written: {error.strerror}; the metrics wait for the next step")
+                return
+            del self._waiting[0]
 
     def _tell(self) -> None:
         """Pass on what W&B has to say."""

@@ -1,5 +1,6 @@
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -190,3 +191,25 @@ def test_the_real_wandb_keeps_the_run_offline_without_a_key(config, run, monkeyp
     assert "W&B is offline; `wandb sync" in note
     [file] = run.path.glob("wandb/offline-run-*/run-*.wandb")
     assert b"reward" in file.read_bytes()
+
+
+def test_metrics_for_which_the_disk_has_no_room_wait_as_whole_lines(run, config):
+    """A limit on the size of a file stands for the disk: both take a part of a line, and then nothing."""
+    off = replace(config, tracking=TrackingConfig(wandb="off"))
+    notes: list[str] = []
+    tracker = Tracker(off, run, note=notes.append)
+    tracker.step({"step": 0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (run.metrics.stat().st_size + 5, before[1]))
+    try:
+        for step in (1, 2, 3):
+            tracker.step({"step": step})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert run.metrics.read_text() == '{"step": 0}\n'
+    assert notes == [f"{run.metrics} cannot be written: File too large; the metrics wait for the next step"]
+    tracker.go_back(3)
+    assert run.metrics.read_text() == '{"step": 0}\n'
+    tracker.step({"step": 3})
+    tracker.close()
+    assert [metrics["step"] for metrics in read_metrics(run.metrics)] == [0, 1, 2, 3]

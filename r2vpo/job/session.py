@@ -216,7 +216,7 @@ class Session:
         """The learner's loop. Consumes batches; waits for the store and the ranks; produces versions and metrics.
 
         At lag 0 weights go out last, after their checkpoint: what is sampled from weights that are lost is lost with
-        them, and a run that goes on from its checkpoint would train on other prompts.
+        them, and a run that goes on from its checkpoint would train on other prompts. An evaluation needs them sooner.
         """
         config, record = self._config.learner, self._record
         publishes_last = self._config.replay.max_lag == 0 and not self._config.task.eval_every

@@ -161,10 +161,12 @@ def test_resume_is_another_job_that_finds_what_the_first_one_brought(cluster, sa
     alive = said("resume", "toy")
     assert alive.err.startswith("r2vpo: error: toy is being run by job job-1; r2vpo status toy --address ")
     cluster.end("job-1", exit_code=130)
-    resumed = said("resume", "toy", "learner.steps=9", "--python", "/opt/python")
+    resumed = said("resume", "toy", "learner.steps=9", "--allow-change", "learner.lr", "--python", "/opt/python")
     assert resumed.code == 0
     (submitted,) = cluster.submitted
-    assert submitted["entrypoint"] == "/opt/python -m r2vpo.job.arrive --resume '~/runs/toy' learner.steps=9"
+    assert submitted["entrypoint"] == (
+        "/opt/python -m r2vpo.job.arrive --resume '~/runs/toy' --allow-change=learner.lr learner.steps=9"
+    )
     assert submitted["metadata"] == {RUN: "toy", RUN_DIR: "~/runs"}
 
 

@@ -93,11 +93,37 @@ class TaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AutoscaleConfig:
+    """How many rollout workers the run may choose to have, so that the learner hardly waits."""
+
+    min: int = 1
+    """Fewest rollout workers."""
+    max: int = 0
+    """Most rollout workers; 0 keeps their number as it is set, and as `r2vpo scale` changes it."""
+
+    def __post_init__(self) -> None:
+        require.at_least("rollout.autoscale.min", self.min, 1)
+        require.at_least("rollout.autoscale.max", self.max, 0)
+        if self.is_on and self.max < self.min:
+            raise ValueError(
+                f"rollout.autoscale.max={self.max} is less than rollout.autoscale.min={self.min}; raise max, lower "
+                "min, or set max to 0 for a fixed number of workers"
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the run chooses."""
+        return self.max > 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """The rollout workers: how many, how they sample, what each engine may use."""
 
     workers: int = 1
     """Rollout workers, each with its own vLLM engine."""
+    autoscale: AutoscaleConfig = field(default_factory=AutoscaleConfig)
+    """Bounds within which the run itself adds and drains workers."""
     group_size: int = 8
     """Trajectories per prompt."""
     max_tokens: int = 512
@@ -139,6 +165,11 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         require.at_least("rollout.workers", self.workers, 1)
+        if self.autoscale.is_on and not self.autoscale.min <= self.workers <= self.autoscale.max:
+            raise ValueError(
+                f"rollout.workers={self.workers} lies outside rollout.autoscale.min={self.autoscale.min} to "
+                f"max={self.autoscale.max}; the run begins with workers: set it within these bounds"
+            )
         require.at_least("rollout.max_tokens", self.max_tokens, 1)
         require.positive("rollout.temperature", self.temperature)
         require.at_least("rollout.groups_in_flight", self.groups_in_flight, 1)

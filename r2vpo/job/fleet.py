@@ -159,6 +159,11 @@ class Fleet:
             place.worker.answers = not place.worker.is_asked
         return [stats for place in self._places if (stats := place.worker.take_stats()) is not None]
 
+    @property
+    def num_serving(self) -> int:
+        """Workers that have spoken of proven weights, and stay."""
+        return sum(p.worker.state == SERVING and p.worker.has_weights and not p.is_leaving for p in self._places)
+
     def status(self) -> list[ComponentStatus]:
         """Every worker, as it was when it last spoke."""
         return [

@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 
 from learner.checkpoint import newest, read_state
 from r2vpo.job import status
+from r2vpo.job.autoscale import Autoscaler
 from r2vpo.job.cluster import Cluster
 from r2vpo.job.component import (
     ComponentDied,
@@ -103,6 +104,7 @@ class Session:
             start_timeout_s=config.rollout.start_timeout_s,
             silent_s=config.supervisor.silent_s,
         )
+        self._autoscaler = Autoscaler(config.rollout.autoscale)
         self.has_served = False
         """Whether every part has been up: what fails later may be cured by starting it again."""
         self._wants_checkpoint = asyncio.Event()
@@ -237,6 +239,7 @@ class Session:
             record.look_at_store(await self._store.stats())
             metrics |= await self._progress(record.next_step + 1)
             record.step(metrics, wait_s=wait_s, workers=await self._fleet.stats())
+            self._autoscale()
             is_due = record.alarms.is_sound and record.checkpoints.is_due(record.next_step)
             if is_due or self._wants_checkpoint.is_set():
                 await self._save()
@@ -313,6 +316,14 @@ class Session:
             else:
                 record.note(f"the {LEARNERS} is back at step {step} after {time.monotonic() - began_s:.0f} s")
                 return
+
+    def _autoscale(self) -> None:
+        """Add or drain a worker if the last steps say so."""
+        fleet = self._fleet
+        change = self._autoscaler.look(self._record.metrics, target=fleet.target, serving=fleet.num_serving)
+        if change is not None:
+            fleet.scale(change.workers)
+            self._record.note(change.reason)
 
     # What people ask for, and are told
 

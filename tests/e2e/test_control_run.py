@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.e2e.runs import QUICKSTART, train
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 STEPS = 6
 SETTINGS = (
     f"learner.steps={STEPS}",

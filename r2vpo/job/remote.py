@@ -149,7 +149,7 @@ class _Remote:
         with tempfile.TemporaryDirectory(prefix="r2vpo-ship-") as folder:
             sealed, pad = seal(passed_on(self._arguments.env), Path(folder))
             job = self._server.submit(
-                ["r2vpo.job.arrive", "--resume", self._path, *allowed, *allowed, *self._arguments.overrides],
+                ["r2vpo.job.arrive", "--resume", self._path, *allowed, *self._arguments.overrides],
                 name=name,
                 modules=[*ship_code(Path(folder)), *pad],
                 metadata={RUN: name, RUN_DIR: run_dir},

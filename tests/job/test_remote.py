@@ -165,7 +165,7 @@ def test_resume_is_another_job_that_finds_what_the_first_one_brought(cluster, sa
     assert resumed.code == 0
     (submitted,) = cluster.submitted
     assert submitted["entrypoint"] == (
-        "/opt/python -m r2vpo.job.arrive --resume '~/runs/toy' --allow-change=learner.lr learner.steps=9"
+        "/opt/python -m r2vpo.job.arrive --resume '~/runs/toy' --allow-change learner.lr learner.steps=9"
     )
     assert submitted["metadata"] == {RUN: "toy", RUN_DIR: "~/runs"}
 

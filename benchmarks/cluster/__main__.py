@@ -14,7 +14,7 @@ import time
 
 from benchmarks.table import Row, run_part, table, write
 
-PARTS = ("submit", "scale")
+PARTS = ("submit", "scale", "weights")
 
 
 def main(parts: list[str]) -> int:

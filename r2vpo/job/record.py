@@ -18,6 +18,8 @@ from r2vpo.job.tracking import Tracker, read_metrics
 from r2vpo.job.view import View
 from r2vpo.records import Evaluation, RolloutStats
 
+FIRST_GROUPS = "first groups"
+"""The phase that the first learner step ends."""
 EMPTY_STORE = {"version": 0, "groups": 0, "trajectories": 0, "sampled_tokens": 0, "outcomes": {}}
 
 
@@ -74,6 +76,8 @@ class RunRecord:
         measured = self.meter.measure(step=self.next_step, wait_s=wait_s, store=self.store, workers=workers)
         self.metrics = {**measured, "time/save_s": self.checkpoints.take_spent_s(), **learner}
         self.next_step += 1
+        if self.phase_text == FIRST_GROUPS:  # only status tells: the steps themselves say that training goes on
+            self.phase_text, self.phase_since_s = "training", time.time()
         self._open_tracker.step(self.metrics)
         self.view.step(self.metrics, self.next_step, self._config.learner.steps)
         self.note(*self.alarms.look(self.metrics))

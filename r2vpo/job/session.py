@@ -50,7 +50,7 @@ from r2vpo.job.learners import Learners, LearnersLost, make_board
 from r2vpo.job.links import ReplayLink, ShardedBatch
 from r2vpo.job.mailbox import serve_mailbox
 from r2vpo.job.measure import stall_text
-from r2vpo.job.record import RunRecord
+from r2vpo.job.record import FIRST_GROUPS, RunRecord
 from r2vpo.job.rundir import RunDir
 from r2vpo.job.settings import ConfigError
 from r2vpo.job.signals import StopRequest
@@ -136,6 +136,7 @@ class Session:
             asyncio.create_task(component.watch(silent_s=silent_s)) for component in (self._store.replay, self._board)
         ]
         lives.append(asyncio.create_task(self._tell()))
+        lives.append(asyncio.create_task(serve_mailbox(self._run.control, self._obey)))
         try:
             # The store comes first: its errors are quickest to see.
             self._record.phase(f"replay store, {_count(self._config.replay.shards, 'shard')}")
@@ -147,10 +148,7 @@ class Session:
             if self._stop.is_set:
                 return
             self.has_served = True
-            lives += [
-                asyncio.create_task(life)
-                for life in (self._fleet.keep(), self._look_at_store(), serve_mailbox(self._run.control, self._obey))
-            ]
+            lives += [asyncio.create_task(life) for life in (self._fleet.keep(), self._look_at_store())]
             await while_all_live(self._train_to_the_end(), lives)
         finally:
             await cancelled(*lives)
@@ -222,7 +220,7 @@ class Session:
         """
         config, record = self._config.learner, self._record
         publishes_last = self._config.replay.max_lag == 0 and not self._config.task.eval_every
-        record.phase("first groups")
+        record.phase(FIRST_GROUPS)
         record.meter.start(await self._fleet.stats())
         while record.next_step < config.steps:
             asked_s = time.monotonic()
@@ -383,23 +381,37 @@ class Session:
         )
 
     def _components(self) -> list[ComponentStatus]:
-        state = "serving" if self.has_served else "starting"
-        since_s = self._record.phase_since_s
-        here = socket.gethostname()
-        restarts = self._record.restarts
+        record = self._record
         return [
-            *self._learners.status(restarts=restarts.count(LEARNERS), last_error=self._learner_error),
-            ComponentStatus(name="weight board", role="board", state=state, doing="", since_s=since_s, node=here),
-            ComponentStatus(name="replay store", role="replay", state=state, doing="", since_s=since_s, node=here),
-            *self._store.status(self._record.store),
+            *self._learners.status(restarts=record.restarts.count(LEARNERS), last_error=self._learner_error),
+            self._beside_the_driver("weight board", "board", f"announces version {record.next_step}"),
+            self._beside_the_driver("replay store", "replay", _store_text(record.store)),
+            *self._store.status(record.store),
             *self._fleet.status(),
         ]
+
+    def _beside_the_driver(self, name: str, role: str, doing: str) -> ComponentStatus:
+        return ComponentStatus(
+            name=name,
+            role=role,
+            state="serving" if self.has_served else "starting",
+            doing=doing if self.has_served else "",
+            since_s=self._record.phase_since_s,
+            node=socket.gethostname(),
+        )
 
     async def _read_totals(self) -> None:
         """The last look at store and workers, for the summary."""
         async with asyncio.timeout(GOODBYE_S):
             self._record.store = await self._store.stats()
             self._record.meter.add_syncs(await self._fleet.stats())
+
+
+def _store_text(stats: Mapping[str, Any]) -> str:
+    """What the replay store has to hand out."""
+    if "fresh_waiting" not in stats:
+        return ""
+    return f"{stats['fresh_waiting']} fresh groups wait, {stats['in_flight']} prompts are leased"
 
 
 def _count(number: int, thing: str) -> str:

@@ -281,7 +281,7 @@ def figures(found: Findings) -> Iterator[Row]:
     """Rows of all runs."""
     yield at_least("drills: runs that reach their target step", found.ended / found.runs, "of all", 1.0)
     for name, went_on in sorted(found.survived.items()):
-        yield at_least(f"drills: {name}: cured", sum(went_on) / len(went_on), f"of {len(went_on)}", 1.0)
+        yield at_least(f"drills: {name}: the run went on", sum(went_on) / len(went_on), f"of {len(went_on)}", 1.0)
     lost, twice = found.violations[ACKNOWLEDGED], found.violations["once"]
     yield at_most("drills: acknowledged groups lost", lost, "groups", 0)
     yield at_most("drills: groups trained twice in a step", twice, "groups", 0)

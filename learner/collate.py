@@ -24,6 +24,7 @@ from torch import Tensor
 
 from learner.packing import Bins, deal_to_ranks, level
 from r2vpo.algorithm.advantages import batch_advantages
+from r2vpo.algorithm.budget import signal_share
 from r2vpo.algorithm.minibatches import split_minibatches
 from r2vpo.algorithm.objectives import needs_proximal
 from r2vpo.algorithm.tokens import TokenBatch
@@ -63,6 +64,8 @@ class TrainingBatch:
     """``[minibatch][rank][micro-batch]``: indices into ``samples``."""
     proximal: list[Bins]
     """``[rank][micro-batch]``: the samples of each rank whose ``logp_prox`` must be computed."""
+    signal_share: float
+    """q of the batch; see `r2vpo.algorithm.budget.signal_share`."""
 
     def num_tokens(self, minibatch: int) -> int:
         """Trained tokens of a minibatch over all ranks."""
@@ -71,12 +74,6 @@ class TrainingBatch:
     def num_trajectories(self, minibatch: int) -> int:
         """Trajectories that train in a minibatch, over all ranks."""
         return len(self.minibatches[minibatch])
-
-    @property
-    def signal_share(self) -> float:
-        """Share of the trained tokens whose advantage is not 0."""
-        signal = sum(len(s.lag_N) for s in self.samples if s.advantage != 0)
-        return signal / max(sum(len(s.lag_N) for s in self.samples), 1)
 
 
 def collate(
@@ -97,10 +94,14 @@ def collate(
     advantages = batch_advantages([sampled.group.rewards_G for sampled in batch.groups], mode=advantage)
     samples: list[Sample] = []
     members: list[tuple[int, ...]] = []
+    known: list[tuple[bool, bool]] = []
     for groups in split_minibatches(batch, minibatches=minibatches, seed=seed):
         first = len(samples)
         for g in groups:
-            samples += _samples(batch, g, advantages[g], exact_engine=exact_engine)
+            of_group = _samples(batch, g, advantages[g], exact_engine=exact_engine)
+            samples += of_group
+            if of_group:
+                known.append((batch.groups[g].kind == Kind.FRESH, any(s.advantage != 0 for s in of_group)))
         members.append(tuple(range(first, len(samples))))
     train = tuple(_deal(samples, indices, ranks, micro_batch_tokens) for indices in members)
     return TrainingBatch(
@@ -108,6 +109,7 @@ def collate(
         minibatches=tuple(members),
         train=train,
         proximal=_deal_proximal(samples, train, ranks, micro_batch_tokens),
+        signal_share=signal_share(known),
     )
 
 

@@ -6,8 +6,8 @@
 | step scale s | the mean of V | once per learner step | `step_control.py` |
 | end of the learner step | what the other two let through | as soon as V exceeds 2·δ̂ | here |
 
-δ̂ = δ·q is the budget of a batch, where q is the share of its trained tokens that carry a signal (see `step_control`).
-All three compare V with it, so that one number is all there is to choose.
+δ̂ = δ·q is the budget of a batch, where q is the share of its fresh groups that carry a signal (see `signal_share`). All
+three compare V with it, so that one number is all there is to choose.
 
 The first optimiser step of a learner step measures V before anything has moved: it says nothing, and no actuator looks
 at it. (Averaging that 0 in would let λ sink to its floor, since s holds the mean of all the others.)
@@ -21,7 +21,7 @@ See docs/budget.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import inf, isfinite
 from typing import Any
 
@@ -30,6 +30,22 @@ from r2vpo.algorithm.dual import make_dual
 from r2vpo.algorithm.step_control import make_step_control
 
 _TOO_FAR = 2.0
+
+
+def signal_share(groups: Iterable[tuple[bool, bool]]) -> float:
+    """q of a batch: 1 + its fresh groups with a signal, over 1 + its fresh groups; 0 if no group has a signal at all.
+
+    ``groups`` says of each group that trains whether it is fresh, and whether it has a signal: advantages other than 0.
+
+    A batch in which few groups have a signal (in all others the rewards are equal) has less to say, yet moves all
+    tokens, those of the silent groups by noise alone. Holding V at δ then means larger steps on less evidence, and near
+    saturation it destroys what was learned. Stale groups do not count: they are drawn for their signal, so a batch may
+    be full of it when all but a few of today's answers are right. The 1 keeps q above 0 while stale groups have a
+    signal and no fresh one has.
+    """
+    known = list(groups)
+    fresh = [signal for is_fresh, signal in known if is_fresh]
+    return (1 + sum(fresh)) / (1 + len(fresh)) if any(signal for _, signal in known) else 0.0
 
 
 class Budget:
@@ -53,7 +69,7 @@ class Budget:
         return self.step_control.scale
 
     def begin(self, *, signal_share: float) -> None:
-        """A learner step begins, on a batch of which this share of trained tokens has an advantage other than 0."""
+        """A learner step begins, on a batch with this `signal_share`."""
         self._signal_share, self._second_moments = signal_share, []
 
     def observe(self, second_moment: float) -> bool:

@@ -34,7 +34,7 @@ class AlgorithmConfig:
     `grpo_decoupled` (clip on the update ratio, bounded reweighting); `gspo`, `cispo`, `spo`, `sapo`, `m2po`,
     `truncated_is`, `plain_is`. See docs/loss.md."""
     delta: float = 0.02
-    """Budget on V, the second moment of the update ratio, where all tokens carry a signal (dimensionless; 0.04 is what
+    """Budget on V, the second moment of the update ratio, where all groups carry a signal (dimensionless; 0.04 is what
     a clip of 0.2 allows at most)."""
     dual: str = "bounded"
     """`bounded`: λ follows V multiplicatively within its bounds; `additive`: the textbook's

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from r2vpo.algorithm.advantages import batch_advantages
-from r2vpo.algorithm.budget import Budget
+from r2vpo.algorithm.budget import Budget, signal_share
 from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.algorithm.m2po import m2po_mask
 from r2vpo.algorithm.minibatches import split_minibatches
 from r2vpo.algorithm.objectives import loss_denominator, needs_proximal, objective, second_moment_sum
 from r2vpo.algorithm.step_control import warmup_factor
 from r2vpo.algorithm.tokens import TokenBatch
-from r2vpo.records import SampledBatch, Trajectory
+from r2vpo.records import Kind, SampledBatch, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +97,18 @@ class ReferenceTrainer:
         """
         rewards = [sampled.group.rewards_G for sampled in batch.groups]
         advantages = batch_advantages(rewards, mode=self._algorithm.advantage)
+        groups = [self._samples(batch, i, advantages[i]) for i in range(len(batch.groups))]
         minibatches = [
-            [sample for i in indices for sample in self._samples(batch, i, advantages[i])]
+            [sample for i in indices for sample in groups[i]]
             for indices in split_minibatches(batch, minibatches=self._minibatches, seed=self._seed)
         ]
         trained = [samples for samples in minibatches if samples]
-        self.budget.begin(signal_share=_signal_share(trained))
+        known = (
+            (sampled.kind == Kind.FRESH, any(s.advantage != 0 for s in samples))
+            for sampled, samples in zip(batch.groups, groups, strict=True)
+            if samples
+        )
+        self.budget.begin(signal_share=signal_share(known))
         losses, second_moments, grad_norms = [], [], []
         for samples in trained * self._passes:
             loss, second_moment, grad_norm = self._optimizer_step(samples)
@@ -183,12 +189,6 @@ class ReferenceTrainer:
             self._algorithm.m2_limit,
         )
         return keep_N.split([t.logp_N.numel() for t in tokens])
-
-
-def _signal_share(minibatches: Sequence[Sequence[_Sample]]) -> float:
-    """Share of the trained tokens whose advantage is not 0."""
-    num_tokens = [(s.trajectory.num_trained_tokens, s.advantage != 0) for samples in minibatches for s in samples]
-    return sum(n for n, signal in num_tokens if signal) / max(sum(n for n, _ in num_tokens), 1)
 
 
 def _behavior_logp(trajectory: Trajectory) -> Tensor:

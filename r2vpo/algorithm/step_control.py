@@ -1,7 +1,7 @@
 """The step size: warm-up, and the control that holds the mean of V at the budget by scaling the learning rate.
 
     V̄  = mean of V over optimiser steps 2..M of one learner step
-    δ̂  = δ · q,  q = share of the batch's trained tokens whose advantage is not 0
+    δ̂  = δ · q,  q = share of the batch's fresh groups that carry a signal (`budget.signal_share`)
     Vs ← 0.7·Vs + 0.3·min(V̄/δ̂, 5),  Vs₀ = 1
     s  ← clip(s·exp(0.3·clip(-log Vs, -1, 1)), 1/50, 50),   once per learner step;   lr_t = lr · warm-up · s
 
@@ -9,10 +9,6 @@
 0.3 to 0.7 from step to step; a control that follows each of them holds the median at δ, and the mean 30 % above it.
 Smoothing first holds the mean within 10 %. The gain of 0.3 brings a rate that is 10 times too high or low home in a
 dozen steps.
-
-**The share q.** A batch in which few groups carry a signal (all others have equal rewards) has less to say, yet moves
-all tokens, those of the silent groups by noise alone. Holding V at δ then means larger steps on less evidence, and near
-saturation it destroys what was learned. The budget of a batch is therefore in proportion to its signal.
 
 The first optimiser step of a learner step is left out: nothing has moved yet, so its V is 0.
 

@@ -5,7 +5,7 @@ from math import exp, inf, nan
 
 import pytest
 
-from r2vpo.algorithm.budget import Budget
+from r2vpo.algorithm.budget import Budget, signal_share
 from r2vpo.algorithm.config import AlgorithmConfig
 
 DELTA = 0.01
@@ -13,6 +13,16 @@ DELTA = 0.01
 
 def budget(**settings) -> Budget:
     return Budget(AlgorithmConfig(delta=DELTA, **settings))
+
+
+def test_the_signal_share_counts_fresh_groups_as_long_as_any_group_has_a_signal():
+    fresh, silent, stale = (True, True), (True, False), (False, True)
+    assert signal_share([fresh, fresh, silent]) == 3 / 4
+    assert signal_share([fresh, silent, silent, stale, stale]) == 2 / 4
+    assert signal_share([silent, silent, silent, stale]) == 1 / 4
+    assert signal_share([stale, stale]) == 1.0
+    assert signal_share([silent, silent, (False, False)]) == 0.0
+    assert signal_share([]) == 0.0
 
 
 def test_the_first_optimiser_step_moves_nothing_whatever_it_measured():
@@ -36,7 +46,7 @@ def test_all_actuators_compare_with_the_share_of_the_batch_that_has_a_signal():
     b = budget()
     b.begin(signal_share=0.25)
     b.observe(0.0)
-    # A quarter of the tokens carry a signal: δ/4 is exactly the budget of this batch.
+    # A quarter of the groups carry a signal: δ/4 is exactly the budget of this batch.
     assert b.observe(DELTA / 4)
     assert b.lam == pytest.approx(0.5)
     assert not b.observe(2.01 * DELTA / 4)

@@ -26,7 +26,7 @@ def test_the_first_optimiser_step_is_left_out():
     assert control.smoothed == pytest.approx(1.3)
 
 
-def test_the_budget_is_in_proportion_to_the_share_of_tokens_with_a_signal():
+def test_the_budget_is_in_proportion_to_the_share_of_groups_with_a_signal():
     control = StepControl(DELTA)
     # V̄ = δ/2 is what half a batch of signal may spend: Vs stays 1, and so does s.
     assert control.update([0.0, DELTA / 2], signal_share=0.5) == pytest.approx(1.0)
@@ -88,7 +88,7 @@ def test_the_mean_of_a_noisy_second_moment_is_held_at_the_budget(scatter):
 
 @given(
     st.lists(st.lists(st.floats(min_value=0) | st.just(nan), max_size=5), max_size=30),
-    st.just(0.0) | st.floats(1e-9, 1),  # a share of tokens is a count over a count
+    st.just(0.0) | st.floats(1e-9, 1),  # a share is a count over a count
 )
 @example([[0.0, 1e308, 1e308], [0.0, 5e-324]], 1.0)
 def test_the_scale_never_leaves_its_bounds(learner_steps, signal_share):

@@ -70,11 +70,11 @@ def emit(rows: Iterable[Row]) -> None:
             print(json.dumps(asdict(row)), file=answers, flush=True)
 
 
-def run_part(module: str) -> list[Row]:
+def run_part(module: str, *arguments: str) -> list[Row]:
     """The rows of a part, measured in a process of its own; what it says besides goes to standard error.
 
     ``CalledProcessError`` if it fails.
     """
-    command = [sys.executable, "-m", module]
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
     return [Row(**json.loads(line)) for line in done.stdout.splitlines()]

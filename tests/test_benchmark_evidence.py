@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.evidence import loop, runs, studies
+from benchmarks.evidence import loop, runs, studies, system
 from benchmarks.evidence.learner import BETAS, GRAD_CLIP, WARMUP_STEPS, Learner
 from benchmarks.evidence.methods import MAIN
 from benchmarks.evidence.model import Decoder, sample
@@ -248,7 +248,7 @@ def test_draws_by_weight_have_the_chances_and_importance_weights_of_the_pool():
 @pytest.fixture
 def short_runs(monkeypatch):
     """Runs start from random weights, so that no warm-up is needed."""
-    monkeypatch.setattr(loop, "start_model", lambda task, size: make_start())
+    monkeypatch.setattr(loop, "start_model", lambda task, size, seed: make_start())
     monkeypatch.setattr(loop, "FINAL_PROMPTS", 64)
 
 
@@ -295,6 +295,23 @@ def test_finished_runs_are_not_run_again_even_after_a_kill_in_the_middle_of_a_li
     runs.run_all(settings, file, jobs=1)
     assert ran == [[0, 1], [1, 2], []]
     assert [r["id"] for r in runs.results(file)] == [s.id for s in settings]
+
+
+def test_kept_runs_are_the_same_bytes_in_any_order_and_are_added_to_what_is_there(tmp_path):
+    lines = [
+        {"id": name, "setting": {}, "curve": {"entropy": [0.123456]}, "final": {"accuracy": 0.123456}} for name in "ab"
+    ]
+    for order, kept in ((lines, "one.gz"), (lines[::-1], "two.gz")):
+        file = tmp_path / "runs.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in order))
+        runs.keep(file, tmp_path / kept)
+    assert (tmp_path / "one.gz").read_bytes() == (tmp_path / "two.gz").read_bytes()
+    file = tmp_path / "other.jsonl"
+    file.write_text(json.dumps({"id": "b", "mine": True}) + "\n")
+    runs.unpack(tmp_path / "one.gz", file)
+    mine, added = runs.results(file)
+    assert mine == {"id": "b", "mine": True}
+    assert (added["id"], added["curve"], added["final"]) == ("a", {"entropy": [0.1235]}, {"accuracy": 0.123456})
 
 
 def test_rollouts_to_a_target_are_counted_at_the_end_of_the_window():
@@ -363,3 +380,23 @@ def test_the_figures_compare_each_method_at_its_best_learning_rate_on_the_fresh_
     ratios = [row.value for row in rows.values() if row.unit == "ratio" and "interval" not in row.name]
     assert ratios == pytest.approx([10 / 20, 10 / 14, 0.6 / 0.5, 0.6 / 0.5])
     assert [row.ok for row in rows.values() if "interval" not in row.name] == [False, True, True, True]
+
+
+def test_the_whole_system_is_reported_at_each_method_s_best_learning_rate_and_over_its_lags(monkeypatch):
+    def made(method, lr, seed, *, reaches):
+        rewards = [float(i >= reaches) for i in range(system.STEPS)]
+        lag = {"0": dict.fromkeys(("tokens", *system.OF_A_BUCKET), 2.0)}
+        accuracy = {"before": 0.0, "after": 0.6 if method == "R²VPO" else 0.5}
+        return {"method": method, "lr": lr, "seed": seed, "reward": rewards, "accuracy": accuracy, "lag": lag,
+                "second_moment": [0.01], "wall_s": 1.0}  # fmt: skip
+
+    monkeypatch.setattr(system, "STEPS", 60)
+    reaches = {"R²VPO": 4, "GRPO": 8, "GRPO, on-policy": 14}
+    found = [made(m, lr, system.TUNING_SEED, reaches=0 if lr == 3e-4 else 9) for m in reaches for lr in studies.LRS]
+    found += [made(m, 3e-4, seed, reaches=at) for m, at in reaches.items() for seed in system.SEEDS]
+    # The target is 0.9: the first window of six steps that is all ones ends with step 4 + 6, 8 + 6 and 14 + 6.
+    ratios = [row.value for row in system.figures(found) if "interval" not in row.name]
+    assert ratios == pytest.approx([10 / 14, 0.6 / 0.5, 10 / 20, 0.6 / 0.5])
+    (_, _, methods), (_, _, lags) = system.tables(found)
+    assert [line[0] for line in methods] == [f"{method} (lr 0.0003)" for method in reaches]
+    assert lags == [[m, "0", str(2 * len(system.SEEDS)), "2", "2", "2", "2"] for m in ("R²VPO", "GRPO")]

@@ -62,7 +62,7 @@ class _Loop:
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
         self._task: Task = make_task(setting.task)
-        self._model = start_model(setting.task, setting.size)
+        self._model = start_model(setting.task, setting.size, setting.seed)
         self._sampler = copy.deepcopy(self._model)
         self._learner = Learner(self._model, setting)
         # One generator per use: a setting that draws more of one kind leaves the others as they are (paired seeds).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,19 @@ import numpy as np
 mpl.use("svg")
 import matplotlib.pyplot as plt
 
+from benchmarks.evidence import system
 from benchmarks.evidence.methods import GRPO, MAIN, OURS, R2VPO
-from benchmarks.evidence.statistics import smoothed
-from benchmarks.evidence.studies import CHECKED_ON, RANGE, TUNED_ON, lag_base, lag_methods, on_policy, with_replay
+from benchmarks.evidence.statistics import WINDOW, smoothed, to_target
+from benchmarks.evidence.studies import (
+    RANGE,
+    TASKS,
+    TUNED_ON,
+    lag_base,
+    lag_methods,
+    on_policy,
+    reuse_methods,
+    with_replay,
+)
 from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.algorithm.gradient_weight import gradient_weight
 from r2vpo.algorithm.objectives import objective
@@ -39,8 +49,11 @@ def draw_all(found: Results, folder: Path) -> None:
     mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "r2vpo"})
     _gradient_weights(folder / "gradient-weight.svg")
     _learning_curves(found, folder / "learning-curves.svg")
-    _rates_and_lags(found, folder / "rates-and-lags.svg")
+    _rates(found, folder / "rates.svg")
+    _lags(found, folder / "lags.svg")
     _actuators(found, folder / "actuators.svg")
+    _reuse(found, folder / "reuse.svg")
+    _system(folder / "system.svg")
 
 
 def _gradient_weights(path: Path) -> None:
@@ -59,15 +72,15 @@ def _gradient_weights(path: Path) -> None:
 
 
 def _learning_curves(found: Results, path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    for axis, task in zip(axes, (TUNED_ON, CHECKED_ON), strict=True):
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
+    for axis, task in zip(axes, TASKS, strict=True):
         for name in MAIN:
             for base, style in ((on_policy(found.scale, task), ":"), (with_replay(found.scale, task), "-")):
                 curves = [smoothed(run["curve"]["train_reward"]) for run in found.main(base, name)]
                 if curves:
                     _band(axis, curves, name, style, label=f"{name}{'' if style == '-' else ', on-policy'}")
         axis.set(title=task, xlabel="thousand rollouts", ylabel="sampled accuracy")
-    axes[1].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[0].legend(frameon=False, fontsize=7, loc="lower right")
     _save(figure, path)
 
 
@@ -79,29 +92,84 @@ def _band(axis: Any, curves: Sequence[np.ndarray], name: str, style: str, *, lab
         axis.fill_between(x, values.min(0), values.max(0), color=COLORS[name], alpha=0.12, lw=0)
 
 
-def _rates_and_lags(found: Results, path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+def _rates(found: Results, path: Path) -> None:
     seeds, replay = found.scale.side_seeds, with_replay(found.scale, TUNED_ON)
+    figure, axis = plt.subplots(figsize=(4.5, 3.2))
     for name, method in ((OURS, R2VPO), ("GRPO", GRPO)):
-        _points(axes[0], RANGE, [found.of(replay, method, seeds, lr=lr) for lr in RANGE], name)
-    axes[0].set(
-        xscale="log", xlabel="nominal learning rate", ylabel="accuracy", title="replay × 8, untuned", ylim=(0, 1)
-    )
-    for name, method in lag_methods().items():
-        lags = found.scale.lags
-        _points(
-            axes[1],
-            [lag + 1 for lag in lags],
-            [found.of(lag_base(found.scale, lag), method, seeds) for lag in lags],
-            name,
-        )
-    axes[1].set(xscale="log", xlabel="lag + 1 (versions)", title="all samples that old, no replay", ylim=(0, 1))
-    axes[1].legend(frameon=False, fontsize=8)
+        _points(axis, RANGE, [found.of(replay, method, seeds, lr=lr) for lr in RANGE], name)
+    axis.set(xscale="log", xlabel="nominal learning rate", ylabel="accuracy", title="replay × 8, untuned", ylim=(0, 1))
+    axis.legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 
-def _points(axis: Any, x: Sequence[float], runs: Sequence[Sequence[Mapping[str, Any]]], name: str) -> None:
-    there = [(at, [run["final"]["accuracy"] for run in group]) for at, group in zip(x, runs, strict=True) if group]
+def _lags(found: Results, path: Path) -> None:
+    seeds, lags = found.scale.side_seeds, found.scale.lags
+    figure, axis = plt.subplots(figsize=(4.5, 3.2))
+    for name, method in lag_methods().items():
+        runs = [found.of(lag_base(found.scale, lag), method, seeds) for lag in lags]
+        _points(axis, [lag + 1 for lag in lags], runs, name)
+    axis.set(xscale="log", xlabel="lag + 1 (versions)", title="all samples that old, no replay", ylim=(0, 1))
+    axis.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _reuse(found: Results, path: Path) -> None:
+    """Accuracy, and rollouts to the target, over the reuse."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    replay, target = with_replay(found.scale, TUNED_ON), found.target(TUNED_ON)
+    for name, method in reuse_methods().items():
+        lr, seeds = found.best_lr(replay, name), found.scale.side_seeds
+        bases = [with_replay(found.scale, TUNED_ON, reuse=reuse) for reuse in found.scale.reuses]
+        runs = [found.of(base, method, seeds, lr=lr) for base in bases]
+        _points(axes[0], found.scale.reuses, runs, name)
+        _points(axes[1], found.scale.reuses, runs, name, figure=lambda run: to_target(run, target) / 1000)
+    for axis, what in zip(axes, ("accuracy after 60 × 256 rollouts", "thousand rollouts to the target"), strict=True):
+        axis.set(xscale="log", xlabel="reuse, and largest age", ylabel=what, xticks=found.scale.reuses)
+        axis.set_xticks([], minor=True)
+        axis.set_xticklabels([f"× {reuse}" for reuse in found.scale.reuses])
+    axes[0].legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _system(path: Path) -> None:
+    """The whole system: accuracy over rollouts, and where the ratios are by lag."""
+    runs = system.kept()
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
+    for method in system.METHODS:
+        found, color = system.reported_runs(method, runs), COLORS[method.removesuffix(", on-policy")]
+        if not found:
+            continue
+        curves = np.stack([smoothed(run["reward"]) for run in found])
+        x = (np.arange(curves.shape[1]) + WINDOW) * system.FRESH * system.MEMBERS / 1000
+        axes[0].plot(x, curves.mean(0), ":" if "on-policy" in method else "-", color=color, label=method)
+        axes[0].fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.12, lw=0)
+        if "on-policy" in method:
+            continue
+        buckets = system.buckets(found)
+        for axis, key, style in ((axes[1], "second_moment", "o-"), (axes[1], "ratio_second_moment", "s--"),
+                                 (axes[2], "ess", "o-"), (axes[2], "weight_mean", "s--")):  # fmt: skip
+            means = [np.mean([run["lag"][b][key] for run in found if b in run["lag"]]) for b in buckets]
+            label = {"second_moment": "(u − 1)²", "ratio_second_moment": "(ρ − 1)²", "ess": "ess"}.get(key, "w")
+            axis.plot(buckets, means, style, color=color, ms=4, label=f"{method}: {label}")
+    axes[0].set(xlabel="thousand rollouts", ylabel="sampled accuracy", title="whole system")
+    axes[1].set(xlabel="lag (learner steps)", yscale="log", title="mean square of the ratio − 1")
+    axes[2].set(xlabel="lag (learner steps)", title="effective sample size, weight")
+    for axis in axes:
+        axis.legend(frameon=False, fontsize=7)
+    _save(figure, path)
+
+
+def _points(
+    axis: Any,
+    x: Sequence[float],
+    runs: Sequence[Sequence[Mapping[str, Any]]],
+    name: str,
+    *,
+    figure: Callable[[Mapping[str, Any]], float] = lambda run: run["final"]["accuracy"],
+) -> None:
+    there = [(at, [figure(run) for run in group]) for at, group in zip(x, runs, strict=True) if group]
+    if not there:
+        return
     axis.plot([at for at, _ in there], [np.mean(v) for _, v in there], "o-", color=COLORS[name], label=name, ms=4)
     for at, values in there:
         axis.plot([at] * len(values), values, ".", color=COLORS[name], ms=3, alpha=0.5)
@@ -126,6 +194,10 @@ def _actuators(found: Results, path: Path) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
+    """Write a plot, unless the runs that it shows have not been made."""
+    if not any(axis.has_data() for axis in figure.axes):
+        plt.close(figure)
+        return
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None}, facecolor="white")
     plt.close(figure)

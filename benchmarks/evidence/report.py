@@ -11,19 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence import plots
+from benchmarks.evidence import plots, system
 from benchmarks.evidence.methods import CLIPS, GRPO, MAIN, OTHERS, OURS, R2VPO, Method
 from benchmarks.evidence.setting import Setting
-from benchmarks.evidence.statistics import Interval, bootstrap, bootstrap_ratio, rollouts_to
+from benchmarks.evidence.statistics import GAIN, LAST, Interval, bootstrap, bootstrap_ratio, to_target
 from benchmarks.evidence.studies import (
-    CHECKED_ON,
     LRS,
+    MIDDLE_LR,
     RANGE,
+    TASKS,
     TUNED_ON,
     Scale,
     lag_base,
     lag_methods,
     on_policy,
+    reuse_methods,
     with_replay,
 )
 from benchmarks.table import Row, at_least, at_most, reported
@@ -32,10 +34,6 @@ Run = Mapping[str, Any]
 METHODS = {**MAIN, **OTHERS}
 WARM = 10
 """Learner steps after which the step size has come home."""
-GAIN = 0.9
-"""The target accuracy: this share of what the best clip gains on-policy in all of its rollouts."""
-LAST = 10
-"""Iterations at the end of a run that its last accuracy is averaged over."""
 
 
 class Results:
@@ -51,13 +49,13 @@ class Results:
         return [_failed_as_zero(self._by_id[s.id], s) for s in wanted if s.id in self._by_id]
 
     def best_lr(self, base: Setting, name: str) -> float:
-        """The learning rate of the grid with the highest mean accuracy over the tuning runs."""
+        """The learning rate of the grid with the best mean accuracy over the tuning runs, or the middle one."""
         scores = {lr: self._tuning_score(base, METHODS[name], lr) for lr in LRS}
-        return max(scores, key=lambda lr: (scores[lr], -lr))
+        return max(scores, key=lambda lr: (scores[lr], lr == MIDDLE_LR, -lr))
 
     def main(self, base: Setting, name: str) -> list[Run]:
         """Runs of a method at its best learning rate, on the fresh seeds."""
-        seeds = self.scale.seeds if name in MAIN else self.scale.side_seeds
+        seeds = self.scale.seeds_of(base.task) if name in MAIN else self.scale.side_seeds
         return self.of(base, METHODS[name], seeds, lr=self.best_lr(base, name))
 
     def best_clip(self, base: Setting) -> str:
@@ -81,15 +79,15 @@ class Results:
 def figures(found: Results) -> Iterator[Row]:
     """The rows of the result file, except the cost."""
     scale = found.scale
-    for task in (TUNED_ON, CHECKED_ON):
+    for task in TASKS:
         base, replay = on_policy(scale, task), with_replay(scale, task)
         target, best, best_replay = found.target(task), found.best_clip(base), found.best_clip(replay)
         ours = found.main(replay, OURS)
-        to_target = partial(_to_target, target=target)
+        needed = partial(to_target, target=target)
         yield from _ratio(f"{task}: rollouts to {target:.2f}, R²VPO + replay ÷ {best} on-policy", ours,
-                          found.main(base, best), to_target, at_most, 0.35)  # fmt: skip
+                          found.main(base, best), needed, at_most, 0.35)  # fmt: skip
         yield from _ratio(f"{task}: the same ÷ {best_replay} with the same replay", ours,
-                          found.main(replay, best_replay), to_target, at_most, 0.75)  # fmt: skip
+                          found.main(replay, best_replay), needed, at_most, 0.75)  # fmt: skip
         yield from _ratio(f"{task}: accuracy at equal rollouts, replay, ÷ {best_replay}", ours,
                           found.main(replay, best_replay), accuracy, at_least, 1.10)  # fmt: skip
         yield from _ratio(f"{task}: accuracy at equal rollouts, on-policy, ÷ {best}", found.main(base, OURS),
@@ -117,7 +115,7 @@ def tables(found: Results, folder: Path) -> None:
 
 def _sections(found: Results) -> Iterator[tuple[str, str]]:
     scale = found.scale
-    for task in (TUNED_ON, CHECKED_ON):
+    for task in TASKS:
         for what, base in (("on-policy", on_policy(scale, task)), ("replay", with_replay(scale, task))):
             names = [name for name in METHODS if found.main(base, name)]
             rows = [_line(f"{name} (lr {found.best_lr(base, name):g})", found.main(base, name), found.target(task))
@@ -138,6 +136,13 @@ def _sections(found: Results) -> Iterator[tuple[str, str]]:
         "10 % of the rewards turned over",
         _table([_line(name, found.of(flipped, method, side), target) for name, method in MAIN.items()]),
     )
+    by_reuse = [
+        (f"{name}, × {reuse}", with_replay(scale, TUNED_ON, reuse=reuse), method, found.best_lr(replay, name))
+        for name, method in reuse_methods().items()
+        for reuse in scale.reuses
+    ]
+    lines = [_line(name, found.of(base, method, side, lr=lr), target) for name, base, method, lr in by_reuse]
+    yield "Reuse", _table(lines)
     yield (
         "Parts of R²VPO",
         _table([_line(name, found.of(replay, method, side), target) for name, method in scale.ablations.items()]),
@@ -150,20 +155,22 @@ def _sections(found: Results) -> Iterator[tuple[str, str]]:
         [_line(f"{name}, {size}", found.of(replace(replay, size=size), method, side), nan)
          for size in scale.sizes for name, method in MAIN.items()]
     )  # fmt: skip
+    for title, head, lines in system.tables(system.kept()):
+        yield title, _table(lines, head)
 
 
 def _line(name: str, runs: Sequence[Run], target: float) -> list[str]:
     if not runs:
         return []
-    reached = [_to_target(run, target) for run in runs]
+    reached = [to_target(run, target) for run in runs]
     missed = sum(run["curve"]["rollouts"][-1] + 1 == r for run, r in zip(runs, reached, strict=True))
-    to_target = "–" if not isfinite(target) else f"{bootstrap(reached)}" + (f", {missed} never" if missed else "")
+    rollouts = "–" if not isfinite(target) else f"{bootstrap(reached)}" + (f", {missed} never" if missed else "")
     last = [np.mean(run["curve"]["entropy"][-LAST:]) for run in runs]
     second_moments = [np.mean(run["curve"]["second_moment"][WARM:]) for run in runs]
     return [
         name,
         str(len(runs)),
-        to_target,
+        rollouts,
         str(bootstrap([accuracy(run) for run in runs])),
         f"{np.mean([run['final']['pass_at_8'] for run in runs]):.3f}",
         f"{np.mean(last):.3f}",
@@ -173,19 +180,14 @@ def _line(name: str, runs: Sequence[Run], target: float) -> list[str]:
     ]
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    head = ["", "runs", "rollouts to target", "accuracy", "pass@8", "entropy", "mean V", "largest V", "optimiser steps"]
+HEAD = ("", "runs", "rollouts to target", "accuracy", "pass@8", "entropy", "mean V", "largest V", "optimiser steps")
+
+
+def _table(lines: Sequence[Sequence[str]], head: Sequence[str] = HEAD) -> str:
     kept = [line for line in lines if line]
     if not kept:
         return ""
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *kept])
-
-
-def _to_target(run: Run, target: float) -> float:
-    """Rollouts to the target; a run that never reached it counts one more than it made, a lower bound."""
-    curve = run["curve"]
-    needed = rollouts_to(target, train_reward=curve["train_reward"], rollouts=curve["rollouts"])
-    return needed if isfinite(needed) else curve["rollouts"][-1] + 1
 
 
 def _ratio(
@@ -235,7 +237,7 @@ def _rate_rows(found: Results) -> Iterator[Row]:
 def _share_within(found: Results) -> float:
     """Learner steps after warm-up whose mean V is at most 2δ."""
     within: list[bool] = []
-    for task in (TUNED_ON, CHECKED_ON):
+    for task in TASKS:
         for base in (on_policy(found.scale, task), with_replay(found.scale, task)):
             for run in found.main(base, OURS):
                 limit = 2 * Setting.from_json(run["setting"]).algorithm_config().delta

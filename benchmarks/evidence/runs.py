@@ -12,6 +12,7 @@ not finite is a result, kept as ``{"id", "setting", "error"}``.
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,30 @@ def run_all(settings: Sequence[Setting], file: Path, *, jobs: int) -> int:
             left_s = (time.monotonic() - began_s) / number * (len(missing) - number)
             _say(f"{number}/{len(missing)} {summary(result)}; {left_s / 60:.1f} min left")
     return failed
+
+
+def keep(file: Path, kept: Path) -> None:
+    """Write the runs of ``file``, sorted by id, to the archive ``kept`` (gzip), with the curves in four digits."""
+    lines = [
+        json.dumps(_short(result), separators=(",", ":")) for result in sorted(results(file), key=itemgetter("id"))
+    ]
+    # Without name and time in the header, the same runs are the same bytes.
+    with kept.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as archive:
+        archive.writelines(line.encode() + b"\n" for line in lines)
+
+
+def unpack(kept: Path, file: Path) -> None:
+    """Add the runs of the archive ``kept`` that ``file`` does not have."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _drop_cut_off_line(file)
+    done = {result["id"] for result in results(file)}
+    with gzip.open(kept, "rt") as archive, file.open("a") as lines:
+        lines.writelines(line for line in archive if json.loads(line)["id"] not in done)
+
+
+def _short(result: dict[str, Any]) -> dict[str, Any]:
+    curve = {name: [float(f"{v:.4g}") for v in values] for name, values in result.get("curve", {}).items()}
+    return {**result, "curve": curve} if curve else result
 
 
 def summary(result: dict[str, Any]) -> str:

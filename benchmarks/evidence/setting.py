@@ -25,7 +25,7 @@ class Setting:
     size: str = "0.1M"
     """Model size in parameters; see `model`."""
     seed: int = 0
-    """Of prompts, sampled answers, draws from the replay list and minibatches; the start weights are the same."""
+    """Of the start weights, prompts, sampled answers, draws from the replay list and minibatches."""
     iterations: int = 90
     """Learner steps, each of 32 × 8 rollouts."""
     reuse: int = 1

@@ -6,9 +6,10 @@ Interquartile mean and bootstrap over runs, as arXiv 2108.13264 advises; both ar
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, nan
+from math import inf, isfinite, nan
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -16,6 +17,10 @@ from scipy import stats
 WINDOW = 6
 """Iterations (× 256 rollouts) over which the sampled accuracy is averaged before it is compared with a target."""
 RESAMPLES = 5_000
+GAIN = 0.9
+"""The target accuracy: this share of what the best clip gains on-policy in all of its rollouts."""
+LAST = 10
+"""Iterations at the end of a run that its last accuracy is averaged over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,13 @@ def rollouts_to(
     # Slack for rounding, so that a mean of exactly the target is not lost.
     reached = np.flatnonzero(smoothed(train_reward, window) >= target - 1e-9)
     return float(rollouts[int(reached[0]) + window - 1]) if len(reached) else inf
+
+
+def to_target(run: Mapping[str, Any], target: float) -> float:
+    """Rollouts of a run to the target; one that never reached it counts one more than it made, a lower bound."""
+    curve = run["curve"]
+    needed = rollouts_to(target, train_reward=curve["train_reward"], rollouts=curve["rollouts"])
+    return needed if isfinite(needed) else curve["rollouts"][-1] + 1
 
 
 def interquartile_mean(values: Sequence[float] | np.ndarray, axis: int = -1) -> np.ndarray:

@@ -6,6 +6,7 @@
 | lag | accuracy when all samples are that many versions old |
 | rates | accuracy over a 20-fold range of nominal learning rates, untuned |
 | flips | accuracy with 10 % of the rewards turned over |
+| reuse | how much reuse each method can make something of |
 | parts, deltas | each part of R²VPO alone or changed; the budget over two orders of magnitude |
 | sizes | the same settings on a larger model |
 """
@@ -18,7 +19,10 @@ from dataclasses import dataclass, field, replace
 from benchmarks.evidence.methods import ABLATIONS, GRPO, MAIN, OTHERS, OURS, R2VPO, Method
 from benchmarks.evidence.setting import Setting
 
-TUNED_ON, CHECKED_ON = "addition4", "sorting10"
+TUNED_ON, CHECKED_ON, SPARSE = "addition4", "sorting10", "addition8"
+TASKS = (TUNED_ON, CHECKED_ON, SPARSE)
+"""Of the main comparison: settings were chosen on the first, nothing on the second, and the third begins with one right
+answer in thirty."""
 LRS = (1e-4, 3e-4, 1e-3)
 MIDDLE_LR = 3e-4
 RANGE = (5e-5, 1.5e-4, 5e-4, 1e-3)
@@ -26,6 +30,7 @@ LAGS = (0, 1, 4, 16, 64, 256)
 DELTAS = (0.001, 0.005, 0.02, 0.05, 0.1)
 REUSE = 8
 """Learner steps that train on a group on average, and the largest age of a stale group (learner steps)."""
+REUSES = (2, 4, 8, 16)
 
 
 BestLr = Callable[[Setting, str], float]
@@ -38,27 +43,34 @@ class Scale:
 
     tuning_seeds: Sequence[int] = (0,)
     seeds: Sequence[int] = (10, 11, 12, 13, 14)
+    """Of the main comparison."""
     side_seeds: Sequence[int] = (10, 11, 12)
-    """Of everything but the main comparison."""
+    """Of everything else, the sparse task among it."""
     on_policy_iterations: int = 100
     replay_iterations: int = 60
     lag_iterations: int = 120
     lags: Sequence[int] = LAGS
+    reuses: Sequence[int] = REUSES
     others: Mapping[str, Method] = field(default_factory=lambda: OTHERS)
     ablations: Mapping[str, Method] = field(default_factory=lambda: ABLATIONS)
     deltas: Sequence[float] = DELTAS
     sizes: Sequence[str] = ("0.4M",)
 
+    def seeds_of(self, task: str) -> Sequence[int]:
+        """Seeds of the main comparison on a task."""
+        return self.side_seeds if task == SPARSE else self.seeds
+
 
 FULL = Scale()
 QUICK = Scale(
     tuning_seeds=(0,),
-    seeds=(10, 11),
+    seeds=(10,),
     side_seeds=(10,),
     on_policy_iterations=30,
     replay_iterations=15,
     lag_iterations=30,
     lags=(0, 64),
+    reuses=(),
     others={},
     ablations={},
     deltas=(),
@@ -72,9 +84,9 @@ def on_policy(scale: Scale, task: str) -> Setting:
     return Setting(task=task, iterations=scale.on_policy_iterations)
 
 
-def with_replay(scale: Scale, task: str) -> Setting:
+def with_replay(scale: Scale, task: str, *, reuse: int = REUSE) -> Setting:
     """The common settings of runs with replay: the same reuse for every method."""
-    return Setting(task=task, iterations=scale.replay_iterations, reuse=REUSE, max_age=REUSE)
+    return Setting(task=task, iterations=scale.replay_iterations, reuse=reuse, max_age=reuse)
 
 
 def grid(base: Setting, method: Method, seeds: Sequence[int]) -> list[Setting]:
@@ -89,7 +101,7 @@ def at(base: Setting, method: Method, seeds: Sequence[int], *, lr: float = MIDDL
 
 def tuning_runs(scale: Scale) -> Iterator[Setting]:
     """What the learning rates of the main comparison are chosen on."""
-    for task in (TUNED_ON, CHECKED_ON):
+    for task in TASKS:
         for base in (on_policy(scale, task), with_replay(scale, task)):
             for method in MAIN.values():
                 yield from grid(base, method, scale.tuning_seeds)
@@ -97,10 +109,10 @@ def tuning_runs(scale: Scale) -> Iterator[Setting]:
 
 def main_runs(scale: Scale, best_lr: BestLr) -> Iterator[Setting]:
     """The main comparison, on fresh seeds."""
-    for task in (TUNED_ON, CHECKED_ON):
+    for task in TASKS:
         for base in (on_policy(scale, task), with_replay(scale, task)):
             for name, method in MAIN.items():
-                yield from at(base, method, scale.seeds, lr=best_lr(base, name))
+                yield from at(base, method, scale.seeds_of(task), lr=best_lr(base, name))
 
 
 def other_tuning_runs(scale: Scale) -> Iterator[Setting]:
@@ -114,6 +126,20 @@ def other_runs(scale: Scale, best_lr: BestLr) -> Iterator[Setting]:
     base = with_replay(scale, TUNED_ON)
     for name, method in scale.others.items():
         yield from at(base, method, scale.side_seeds, lr=best_lr(base, name))
+
+
+def reuse_methods() -> Mapping[str, Method]:
+    """The methods of the reuse study."""
+    return {**MAIN, "decoupled clip": OTHERS["decoupled clip"]}
+
+
+def reuse_runs(scale: Scale, best_lr: BestLr) -> Iterator[Setting]:
+    """More and less reuse than in the main comparison, at the learning rates that were chosen there."""
+    base = with_replay(scale, TUNED_ON)
+    for reuse in scale.reuses:
+        for name, method in reuse_methods().items():
+            again = with_replay(scale, TUNED_ON, reuse=reuse)
+            yield from at(again, method, scale.side_seeds, lr=best_lr(base, name))
 
 
 def side_runs(scale: Scale) -> Iterator[Setting]:

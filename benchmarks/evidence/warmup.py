@@ -1,8 +1,8 @@
 """The start weights: supervised on right answers until the policy is right as often as the task asks for.
 
-    python -m benchmarks.evidence.warmup [TASK SIZE]…      all of them without arguments
+    python -m benchmarks.evidence.warmup [TASK SIZE SEED]…
 
-They are kept in ``build/evidence/TASK-SIZE.safetensors``, and made when a run first asks for them.
+They are kept in ``build/evidence/TASK-SIZE-SEED.safetensors``, and made when a run first asks for them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.evidence.model import Decoder
-from benchmarks.evidence.setting import SIZES, TASKS
 from benchmarks.evidence.tasks import Task, make_task, prompts
 from benchmarks.table import REPOSITORY
 
@@ -31,13 +30,13 @@ _LOOK_PROMPTS = 512
 _LR_WARMUP_STEPS = 100
 
 
-def start_model(task_name: str, size: str) -> Decoder:
-    """The start weights of a task and size; made and kept if they are not there."""
-    path = FOLDER / f"{task_name}-{size}.safetensors"
-    model = new_model(make_task(task_name), size)
+def start_model(task_name: str, size: str, seed: int) -> Decoder:
+    """The start weights of a task, size and seed; made and kept if they are not there."""
+    path = FOLDER / f"{task_name}-{size}-{seed}.safetensors"
+    model = new_model(make_task(task_name), size, seed)
     if not path.exists():
-        accuracy = warm_up(model, make_task(task_name), target=START[task_name], lr=_LR[size])
-        print(f"{task_name} {size}: starts at {accuracy:.3f}", file=sys.stderr, flush=True)
+        accuracy = warm_up(model, make_task(task_name), target=START[task_name], lr=_LR[size], seed=seed)
+        print(f"{task_name} {size} {seed}: starts at {accuracy:.3f}", file=sys.stderr, flush=True)
         FOLDER.mkdir(parents=True, exist_ok=True)
         half = path.with_suffix(f".{os.getpid()}")
         save_file(model.state_dict(), half)
@@ -46,24 +45,24 @@ def start_model(task_name: str, size: str) -> Decoder:
     return model
 
 
-def new_model(task: Task, size: str) -> Decoder:
+def new_model(task: Task, size: str, seed: int) -> Decoder:
     """A model of random weights that fits the task."""
     return Decoder(
         size=size,
         vocabulary=task.vocabulary,
         prompt_tokens=task.prompt_tokens,
         answer_tokens=task.answer_tokens,
-        seed=0,
+        seed=seed,
     )
 
 
-def warm_up(model: Decoder, task: Task, *, target: float, lr: float) -> float:
+def warm_up(model: Decoder, task: Task, *, target: float, lr: float, seed: int) -> float:
     """Train on right answers until the sampled accuracy on held-out prompts reaches ``target``; returns it.
 
     ``RuntimeError`` if it does not within 6,000 steps.
     """
     torch.set_num_threads(1)
-    rng, began_s, accuracy = np.random.default_rng(0), time.perf_counter(), 0.0
+    rng, began_s, accuracy = np.random.default_rng(seed), time.perf_counter(), 0.0
     held_out_BP = prompts(task, rng, _LOOK_PROMPTS, held_out=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for step in range(1, _MAX_STEPS + 1):
@@ -94,6 +93,5 @@ def _right(model: Decoder, task: Task, prompt_BP: np.ndarray) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    wanted = list(zip(sys.argv[1::2], sys.argv[2::2], strict=True)) or [(t, s) for t in TASKS for s in SIZES]
-    for name, size in wanted:
-        start_model(name, size)
+    for name, width, number in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3], strict=True):
+        start_model(name, width, int(number))

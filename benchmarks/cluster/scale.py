@@ -92,8 +92,8 @@ def scaled(folder: Path, cluster: Cluster, nodes: list) -> Iterator[Row]:
     ask_run(run, "scale", within_s=30, rollout=2)
     await_workers(run, 2)
     lost = next(node for node in nodes if has_only_workers(run, node.node_id))
-    cluster.remove_node(lost, allow_graceful=False)
     asked_s = time.monotonic()
+    cluster.remove_node(lost, allow_graceful=False)
     cluster.add_node(num_cpus=2, object_store_memory=NODE_MB << 20)
     until(
         lambda: len(ready(run)) == 2 and any(c.restarts for c in workers(run)),

@@ -51,7 +51,7 @@ def test_two_ranks_train_publish_and_save_as_ray_actors(tmp_path):
         assert infos[0]["num_parameters"] == infos[1]["num_parameters"] > 10_000
 
         board = BoardActor.remote()
-        waiting = board.newest.remote(0, 120.0)
+        waiting = board.newest.remote((0, 0), 120.0)
         steps = [rank.train_step.remote(Fetched(batches[0])) for rank in ranks]
         assert ray.get(ranks[0].ping.remote())["rank"] == 0  # answers beside the step
         metrics = ray.get(steps)
@@ -63,7 +63,7 @@ def test_two_ranks_train_publish_and_save_as_ray_actors(tmp_path):
         assert manifest.version == 1
         ray.get(board.post.remote(manifest, references))
         assert ray.get(waiting) == manifest
-        payloads = ray.get(list(ray.get(board.references.remote(1))))
+        payloads = ray.get(list(ray.get(board.references.remote((0, 1)))))
         for payload, spec in zip(payloads, manifest.buckets, strict=True):
             assert payload.dtype == np.uint8
             verify_bucket(memoryview(payload), spec)

@@ -33,7 +33,7 @@ def test_service_and_shard_run_as_ray_actors(tmp_path):
         shard = ShardActor.remote(str(tmp_path / "shard-000.sqlite3"), listener=Wire(service))
         ray.get(service.attach.remote(0, Wire(shard)))
         waiting = service.sample.remote(step=0, timeout_s=60.0)  # does not keep the calls below from running
-        answer = ray.get(service.lease.remote(worker="r0", version=0, count=2, timeout_s=10.0))
+        answer = ray.get(service.lease.remote(worker="r0", stamp=(0, 0), count=2, timeout_s=10.0))
         groups = [make_group(lease.key) for lease in answer.leases]
         assert ray.get([shard.append.remote(encode_group(group)) for group in groups]) == [True, True]
         plan = ray.get(waiting)
@@ -43,7 +43,7 @@ def test_service_and_shard_run_as_ray_actors(tmp_path):
         with pytest.raises(ValueError, match="step 0 was sampled as groups"):
             ray.get(service.commit.remote(step=0, group_ids=(7,)))
         ray.get(service.commit.remote(step=0, group_ids=plan.group_ids))
-        assert ray.get(service.lease.remote(worker="r0", version=1, count=1, timeout_s=10.0)).exhausted
+        assert ray.get(service.lease.remote(worker="r0", stamp=(0, 1), count=1, timeout_s=10.0)).exhausted
         assert ray.get(service.stats.remote())["version"] == 1
         ray.kill(service)
         ray.kill(shard)

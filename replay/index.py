@@ -133,6 +133,7 @@ class Index:
             fresh = [d.group_id for d in plan.draws if d.kind is Kind.FRESH]
             self.pool.used([i for i in ids if i not in set(fresh)])
             self._add_to_pool(self._taken_rows(fresh), np.ones(len(fresh), dtype=np.int64))
+        self.pool.expire(plan.step + 1 - self._config.max_replay_lag)
         for i in list(self._rows):
             if i not in self.dispatcher.waiting:
                 del self._rows[i]

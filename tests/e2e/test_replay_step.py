@@ -68,7 +68,7 @@ def damage(run: Path, group_ids: Sequence[int]) -> None:
 
 def test_steps_are_computed_again_exactly_across_a_resume_with_other_settings(tmp_path: Path):
     train(tmp_path, *SETTINGS, "learner.steps=4")
-    run = train(tmp_path, *SETTINGS, "learner.steps=7", "learner.lr=3e-4", "--resume")
+    run = train(tmp_path, *SETTINGS, "learner.steps=7", "learner.lr=3e-4", "--resume", "--allow-change", "learner.lr")
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000006", "step-000007"]
     before = contents(run)
 

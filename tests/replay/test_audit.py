@@ -342,12 +342,12 @@ def test_a_token_that_is_not_what_it_should_be_is_named(tmp_path, change, rule, 
     # Two prompt tokens, then three sampled at versions 1, 1 and 2.
     sound = make_trajectory(1.0, version=[1, 1, 2])
     arrays = {name: getattr(sound, name).copy() for name in change}
-    for name, (at, value) in change.items():
-        arrays[name][at] = value
     group = make_group(KEYS[0], version=1, newest=2)
     with StoredRun(tmp_path) as run:
         run.append(group)
     broken = replace(group, trajectories=(replace(sound, **arrays), group.trajectories[1]))
+    for name, (at, value) in change.items():  # behind the back of the record, which refuses some of them
+        arrays[name][at] = value
     lease = min(broken.oldest_version, group.lease_version)  # the encoder refuses an older token
     put(tmp_path / SHARD, 1, replace(broken, lease_version=lease))
     violations = [(name, text) for name, text in found(tmp_path) if name != "payloads"]

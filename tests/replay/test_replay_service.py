@@ -680,3 +680,13 @@ async def test_a_rewind_with_a_shard_away_is_complete_once_the_shard_is_back(sta
     await service.attach(0)
     batch = await service.sample(step=0, timeout_s=SOON)
     assert [group.group.key for group in batch.groups] == keys
+
+
+async def test_a_group_that_has_become_too_old_with_a_commit_is_not_counted_as_eligible(start):
+    service = await start(groups_per_step=1, max_lag=5, max_replay_lag=1, steps=9)
+    await answer(service, count=3)
+    eligible = []
+    for step in range(3):
+        await train(service, step)
+        eligible.append((await service.stats())["stale_eligible"])
+    assert eligible == [1, 0, 0]

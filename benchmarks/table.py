@@ -78,3 +78,22 @@ def run_part(module: str, *arguments: str) -> list[Row]:
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
     return [Row(**json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def run_benchmark(name: str, parts: Sequence[str], *, only: Sequence[str]) -> int:
+    """Measure the parts of a benchmark, or ``only`` some; print the table, and write the result file of the whole.
+
+    Returns 1 if a target is missed or a part did not come to its end.
+    """
+    rows: list[Row] = []
+    for part in only or parts:
+        began_s = time.monotonic()
+        try:
+            rows += run_part(f"benchmarks.{name}.{part}")
+        except subprocess.CalledProcessError as error:
+            rows.append(Row(f"{part}: measured to its end", float(error.returncode), "exit status", "0", False))
+        print(f"{part}: {time.monotonic() - began_s:.0f} s", file=sys.stderr)
+    print(table(rows))
+    if not only:
+        write(name, rows)
+    return 0 if all(row.ok for row in rows) else 1

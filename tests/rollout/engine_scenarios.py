@@ -114,8 +114,8 @@ async def crowd(directory: Path) -> dict:
         asyncio.create_task(engine.generate(PROMPT * 16, n=4, seed=seed, temperature=1.0, max_tokens=100))
         for seed in range(0, 64, 4)
     ]
-    await asyncio.sleep(1.0)
     perturb(model, directory / "update.safetensors")
+    await engine.generate(PROMPT, n=1, seed=99, temperature=1.0, max_tokens=10)  # the crowd is as far by then
     async with engine.paused():
         await engine.load([str(directory / "update.safetensors")], version=1)
     completions = [completion for group in await asyncio.gather(*groups) for completion in group]

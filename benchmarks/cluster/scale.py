@@ -55,7 +55,7 @@ def scaled(folder: Path, cluster: Cluster, nodes: list) -> Iterator[Row]:
     launched_s = time.monotonic()
     await_workers(run, 1)
     cold_s = time.monotonic() - launched_s
-    yield reported("scale: cold start, launch of the first worker to its first group", cold_s, "s")
+    yield reported("scale: cold start, launch of the first worker to proven weights", cold_s, "s")
     await_steps(run, SETTLE_STEPS)
     alone = rates(run, SETTLE_STEPS)
 
@@ -63,7 +63,7 @@ def scaled(folder: Path, cluster: Cluster, nodes: list) -> Iterator[Row]:
     ask_run(run, "scale", within_s=30, rollout=2)
     await_workers(run, 2)
     yield at_most(
-        "scale: command to a new worker's first group ÷ cold start", (time.monotonic() - asked_s) / cold_s, "", 1.2
+        "scale: command to a new worker's proven weights ÷ cold start", (time.monotonic() - asked_s) / cold_s, "", 1.2
     )
     asked_s = time.monotonic()
     ask_run(run, "scale", within_s=30, rollout=3)
@@ -155,8 +155,8 @@ def workers(run: RunDir) -> list[ComponentStatus]:
 
 
 def ready(run: RunDir) -> list[ComponentStatus]:
-    """Workers that have groups in flight under proven weights."""
-    return [c for c in workers(run) if c.state == "serving" and c.version is not None and c.in_flight]
+    """Workers that take prompts: their weights are proven. Whether they have one just now is the learner's pace."""
+    return [c for c in workers(run) if c.state == "serving" and c.version is not None]
 
 
 def has_only_workers(run: RunDir, node_id: str) -> bool:
@@ -168,7 +168,7 @@ def has_only_workers(run: RunDir, node_id: str) -> bool:
 
 
 def await_workers(run: RunDir, count: int) -> None:
-    """Return once ``count`` workers generate, and nobody else is there."""
+    """Return once ``count`` workers take prompts, and nobody else is there."""
     until(lambda: len(ready(run)) == len(workers(run)) == count, f"{count} workers")
 
 

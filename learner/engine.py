@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from learner.archives import check_archives
 from learner.checkpoint import damaged
 from learner.collate import PackedRow
 from learner.config import LearnerConfig
@@ -192,6 +193,7 @@ class LearnerEngine:
         damaged, or is not DeepSpeed's own.
         """
         check_pickles(directory / _TAG)
+        check_archives(directory / _TAG, rank=self.rank, world_size=self.world_size)
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
         try:
             path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)

@@ -87,9 +87,7 @@ class Job:
                 loss = failure if isinstance(failure, ComponentLost) else ComponentLost(plain_message(failure))
             checkpoint, resume = newest(self._run.checkpoints), True
             step = _step(checkpoint)
-            pause_s = record.restarts.begin(
-                "run", loss, role="job", remedy=f"starting all processes again, from step {step}"
-            )
+            pause_s = record.restarts.begin_all(loss, remedy=f"starting all processes again, from step {step}")
             close_cluster(self._run.logs, keep_logs=False)
             record.go_back(step)
             await asyncio.sleep(pause_s)

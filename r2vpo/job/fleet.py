@@ -259,8 +259,10 @@ class Fleet:
         try:
             if place.is_leaving:
                 return True
+            # A worker may fail by somebody else's end, such as that of the weight board.
+            remedy = "replacing it" if str(failure).startswith(old.name) else f"replacing {old.name}"
             try:
-                pause_s = self._restarts.begin(place.role, failure, role="rollout", remedy="replacing it")
+                pause_s = self._restarts.begin(place.role, failure, role="rollout", remedy=remedy)
             except FailedForGood as good:
                 if place.has_served or len(self._places) <= 1:
                     raise

@@ -10,6 +10,8 @@ from r2vpo.job.component import ComponentDied, FailedForGood, JobFailed
 from r2vpo.job.config import SupervisorConfig
 from r2vpo.job.errorlog import ErrorLog
 
+_RUN = "run"
+
 
 class Restarts:
     """Counts restarts by component, within a window of time."""
@@ -55,3 +57,12 @@ class Restarts:
         what = str(failure).partition(":")[0] if isinstance(failure, ComponentDied) else str(failure)
         self._note(f"{what}; {remedy} ({number} of {self._config.max_restarts} within {window})")
         return self._config.backoff_s * 2 ** (number - 1)
+
+    def begin_all(self, failure: JobFailed, *, remedy: str) -> float:
+        """`begin` for all components at once: one failure of the run.
+
+        The restarts of its parts are forgotten: a machine that goes takes each of them along, and all of them are new.
+        """
+        pause_s = self.begin(_RUN, failure, role="job", remedy=remedy)
+        self._times_s = {_RUN: self._times_s[_RUN]}
+        return pause_s

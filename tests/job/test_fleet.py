@@ -6,7 +6,7 @@ import re
 import pytest
 
 from r2vpo.job import fleet as fleet_module
-from r2vpo.job.component import FailedForGood, JobFailed, cancelled
+from r2vpo.job.component import ComponentDied, FailedForGood, JobFailed, cancelled
 from r2vpo.job.settings import ConfigError
 from tests.job.fleet_fakes import Yard, until
 
@@ -45,6 +45,12 @@ async def test_a_worker_that_fails_is_asked_to_end_its_engine_before_it_is_ended
     await until(lambda: "rollout-2" in yard.serving())
     assert yard.launcher.actors["rollout-1"].calls[-1] == "stop"
     assert yard.launcher.ended == ["rollout-1"]
+
+
+async def test_a_worker_that_fails_by_the_end_of_another_component_is_named_beside_it(yard):
+    yard.launcher.made["rollout-1"].fail(ComponentDied("weight board died: killed; see x"))
+    await until(lambda: "rollout-2" in yard.serving())
+    assert yard.notes[0] == "weight board died; replacing rollout-1 (1 of 2 within 10 min)"
 
 
 async def test_a_worker_that_hangs_is_ended_although_its_process_lives(tmp_path):

@@ -69,3 +69,16 @@ def test_what_would_fail_again_is_not_started_again_and_goes_to_the_log(restarts
     assert caught.value is failure
     assert notes == []
     assert "no such reward" in (tmp_path / "error.log").read_text()
+
+
+def test_a_restart_of_all_processes_is_one_of_the_run_and_those_of_its_parts_are_forgotten(restarts, notes):
+    lost = ComponentDied("weight board died: killed")
+    for _ in range(2):
+        begin(restarts, lost)
+        begin(restarts, lost)
+        restarts.begin_all(lost, remedy="starting all again")
+        assert restarts.count("rollout-0") == 0
+    assert notes[2] == "weight board died; starting all again (1 of 2 within 10 min)"
+    assert restarts.totals == {"rollout": 4, "job": 2}
+    with pytest.raises(FailedForGood, match=r"^run failed 3 times within 10 min"):
+        restarts.begin_all(lost, remedy="starting all again")

@@ -282,6 +282,7 @@ def damaged_checkpoint(directory: Path):
     for name, content in {
         "overwritten": sound[:200] + bytes(len(sound) - 200),
         "text": b"x" * len(sound),
+        "flipped": sound[: len(sound) // 2] + bytes([sound[len(sound) // 2] ^ 1]) + sound[len(sound) // 2 + 1 :],
     }.items():
         file.write_bytes(content)
         results[name] = refusal(lambda: make_trainer(directory / "model").load(path))

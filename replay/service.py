@@ -75,6 +75,7 @@ class ReplayService:
         self._draining = self._closed = False
         self._learners_waiting = 0
         self._asks: dict[str, object] = {}
+        self._gone: set[str] = set()
         self._shards = [ShardState(number) for number in range(config.shards)]
         self._index: Index | None = None
         self._chosen: BatchPlan | None = None  # the batch in work
@@ -151,15 +152,17 @@ class ReplayService:
         def grant() -> Grant:
             return self._grant(worker, stamp, count)
 
-        def superseded() -> bool:
-            return self._asks[worker] is not ask
+        def superseded() -> str:
+            if worker in self._gone:
+                return "the worker is gone"
+            return "the worker has asked again since" if self._asks[worker] is not ask else ""
 
         async with self._changed:
             self._changed.notify_all()
             with self._shown(worker, lambda: grant().reason):
-                await self._until(lambda: superseded() or grant().count > 0 or grant().exhausted, timeout_s)
-            if superseded():
-                return LeaseAnswer(leases=(), reason="the worker has asked again since")
+                await self._until(lambda: bool(superseded()) or grant().count > 0 or grant().exhausted, timeout_s)
+            if reason := superseded():
+                return LeaseAnswer(leases=(), reason=reason)
             granted = grant()
             if not granted.count:
                 return LeaseAnswer(leases=(), reason=granted.reason, exhausted=granted.exhausted)
@@ -179,9 +182,12 @@ class ReplayService:
                 self._changed.notify_all()
 
     async def release_worker(self, *, worker: str) -> None:
-        """Give back every prompt that ``worker`` holds: it is gone."""
-        if self._index is not None:
-            await self.release(worker=worker, keys=tuple(self._dispatcher.ledger.live))
+        """Give back every prompt that ``worker`` holds: it is gone, and what it has asked for grants nothing."""
+        async with self._changed:
+            self._gone.add(worker)
+            if self._index is not None:
+                self._dispatcher.ledger.release(worker=worker, keys=tuple(self._dispatcher.ledger.live))
+            self._changed.notify_all()
 
     # The learner
 

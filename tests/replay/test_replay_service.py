@@ -356,6 +356,19 @@ async def test_a_worker_that_is_gone_gives_all_its_prompts_back(start):
     assert kept.key not in {x.key for x in again}
 
 
+async def test_a_worker_that_is_gone_while_it_asks_is_granted_nothing_any_more(start):
+    service = await start(groups_per_step=1, max_lag=0)
+    (held,) = (await lease(service, worker="r1")).leases
+    asking = asyncio.create_task(lease(service, worker="r0", timeout_s=LONG))
+    await waits_of(service, "r0")
+    await service.service.release_worker(worker="r0")
+    assert (await asking).reason == "the worker is gone"
+    await service.release(worker="r1", keys=(held.key,))
+    # What it asked before its end may come after it.
+    assert (await lease(service, worker="r0")).reason == "the worker is gone"
+    assert (await lease(service, worker="r1")).leases[0].key == held.key
+
+
 @pytest.mark.parametrize("cancelled", ["append_many", "choose", "commit"])
 async def test_a_caller_cancelled_while_the_disk_works_leaves_memory_and_disk_in_step(start, monkeypatch, cancelled):
     service = await start(groups_per_step=1)

@@ -22,12 +22,12 @@ from learner.checkpoint import complete
 from replay.audit import Violation
 from tests.faults.victims import Run
 
-MOST_STEPS = 400
+MOST_STEPS = 160
 LAST_STEPS = 15
 """So near its target a run takes no further drill (learner steps)."""
-REPLACEMENT_STEPS = 90
+REPLACEMENT_STEPS = 50
 """The same for the death of a worker, whose successor is to be seen."""
-MOST_S = 400.0
+MOST_S = 480.0
 """So long after its start a run takes no further drill (seconds): a command that is stopped loses a run at most."""
 PAUSE_S = 6.0
 """How long a stopped driver stays so: nobody watches it but a person (seconds)."""

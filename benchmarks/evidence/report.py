@@ -16,7 +16,6 @@ from benchmarks.evidence.methods import CLIPS, GRPO, MAIN, OTHERS, OURS, R2VPO, 
 from benchmarks.evidence.setting import Setting
 from benchmarks.evidence.statistics import GAIN, LAST, Interval, bootstrap, bootstrap_ratio, to_target
 from benchmarks.evidence.studies import (
-    LRS,
     MIDDLE_LR,
     RANGE,
     TASKS,
@@ -50,7 +49,7 @@ class Results:
 
     def best_lr(self, base: Setting, name: str) -> float:
         """The learning rate of the grid with the best mean accuracy over the tuning runs, or the middle one."""
-        scores = {lr: self._tuning_score(base, METHODS[name], lr) for lr in LRS}
+        scores = {lr: self._tuning_score(base, METHODS[name], lr) for lr in self.scale.lrs}
         return max(scores, key=lambda lr: (scores[lr], lr == MIDDLE_LR, -lr))
 
     def main(self, base: Setting, name: str) -> list[Run]:

@@ -24,7 +24,7 @@ TASKS = (TUNED_ON, CHECKED_ON, SPARSE)
 """Of the main comparison: settings were chosen on the first, nothing on the second, and the third begins with one right
 answer in thirty."""
 LRS = (1e-4, 3e-4, 1e-3)
-MIDDLE_LR = 3e-4
+MIDDLE_LR = LRS[1]
 RANGE = (5e-5, 1.5e-4, 5e-4, 1e-3)
 LAGS = (0, 1, 4, 16, 64, 256)
 DELTAS = (0.001, 0.005, 0.02, 0.05, 0.1)
@@ -41,6 +41,8 @@ BestLr = Callable[[Setting, str], float]
 class Scale:
     """How much is run."""
 
+    lrs: Sequence[float] = LRS
+    """The grid that each method chooses its learning rate from; one alone leaves nothing to choose."""
     tuning_seeds: Sequence[int] = (0,)
     seeds: Sequence[int] = (10, 11, 12, 13, 14)
     """Of the main comparison."""
@@ -63,7 +65,8 @@ class Scale:
 
 FULL = Scale()
 QUICK = Scale(
-    tuning_seeds=(0,),
+    lrs=(MIDDLE_LR,),
+    tuning_seeds=(),
     seeds=(10,),
     side_seeds=(10,),
     on_policy_iterations=30,
@@ -89,9 +92,9 @@ def with_replay(scale: Scale, task: str, *, reuse: int = REUSE) -> Setting:
     return Setting(task=task, iterations=scale.replay_iterations, reuse=reuse, max_age=reuse)
 
 
-def grid(base: Setting, method: Method, seeds: Sequence[int]) -> list[Setting]:
-    """A method at every learning rate of the grid."""
-    return [replace(base, algorithm=method, lr=lr, seed=seed) for lr in LRS for seed in seeds]
+def grid(scale: Scale, base: Setting, method: Method) -> list[Setting]:
+    """A method at every learning rate of the grid, on the tuning seeds."""
+    return [setting for lr in scale.lrs for setting in at(base, method, scale.tuning_seeds, lr=lr)]
 
 
 def at(base: Setting, method: Method, seeds: Sequence[int], *, lr: float = MIDDLE_LR) -> list[Setting]:
@@ -104,7 +107,7 @@ def tuning_runs(scale: Scale) -> Iterator[Setting]:
     for task in TASKS:
         for base in (on_policy(scale, task), with_replay(scale, task)):
             for method in MAIN.values():
-                yield from grid(base, method, scale.tuning_seeds)
+                yield from grid(scale, base, method)
 
 
 def main_runs(scale: Scale, best_lr: BestLr) -> Iterator[Setting]:
@@ -118,7 +121,7 @@ def main_runs(scale: Scale, best_lr: BestLr) -> Iterator[Setting]:
 def other_tuning_runs(scale: Scale) -> Iterator[Setting]:
     """What the learning rates of the other rivals are chosen on."""
     for method in scale.others.values():
-        yield from grid(with_replay(scale, TUNED_ON), method, scale.tuning_seeds[:1])
+        yield from grid(scale, with_replay(scale, TUNED_ON), method)
 
 
 def other_runs(scale: Scale, best_lr: BestLr) -> Iterator[Setting]:

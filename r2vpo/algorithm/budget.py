@@ -6,8 +6,8 @@
 | step scale s | the mean of V | once per learner step | `step_control.py` |
 | end of the learner step | what the other two let through | as soon as V exceeds 2·δ̂ | here |
 
-δ̂ = δ·q is the budget of a batch, where q is the share of its fresh groups that carry a signal (see `signal_share`). All
-three compare V with it, so that one number is all there is to choose.
+δ̂ = δ·q² is the budget of a batch, where q is the share of its fresh groups that carry a signal (see `signal_share`).
+All three compare V with it, so that one number is all there is to choose.
 
 The first optimiser step of a learner step measures V before anything has moved: it says nothing, and no actuator looks
 at it. (Averaging that 0 in would let λ sink to its floor, since s holds the mean of all the others.)
@@ -48,6 +48,15 @@ def signal_share(groups: Iterable[tuple[bool, bool]]) -> float:
     return (1 + sum(fresh)) / (1 + len(fresh)) if any(signal for _, signal in known) else 0.0
 
 
+def budget_share(signal_share: float) -> float:
+    """δ̂/δ = q².
+
+    What a step gains grows with its length √V times the signal in its direction, which grows with q; what it destroys
+    where all was well grows with its square, V. So the best length goes with q, and V with q².
+    """
+    return signal_share**2
+
+
 class Budget:
     """What a learner asks before, during and after each of its steps."""
 
@@ -55,7 +64,7 @@ class Budget:
         self.dual = make_dual(config)
         self.step_control = make_step_control(config)
         self._limit = _TOO_FAR * config.delta if config.ends_early else inf
-        self._signal_share = 0.0
+        self._share = 0.0
         self._second_moments: list[float] = []
 
     @property
@@ -70,19 +79,19 @@ class Budget:
 
     def begin(self, *, signal_share: float) -> None:
         """A learner step begins, on a batch with this `signal_share`."""
-        self._signal_share, self._second_moments = signal_share, []
+        self._share, self._second_moments = budget_share(signal_share), []
 
     def observe(self, second_moment: float) -> bool:
         """An optimiser step was made whose minibatch measured V. Returns whether the learner step may go on."""
         self._second_moments.append(second_moment)
-        if len(self._second_moments) == 1 or self._signal_share == 0 or not isfinite(second_moment):
+        if len(self._second_moments) == 1 or self._share == 0 or not isfinite(second_moment):
             return True
-        self.dual.update(second_moment / self._signal_share)
-        return second_moment <= self._limit * self._signal_share
+        self.dual.update(second_moment / self._share)
+        return second_moment <= self._limit * self._share
 
     def end(self) -> None:
         """The learner step is over."""
-        self.step_control.update(self._second_moments, signal_share=self._signal_share)
+        self.step_control.update(self._second_moments, share=self._share)
 
     def state_dict(self) -> dict[str, Any]:
         """State between two learner steps: that of ``dual`` and that of ``step_control``."""

@@ -1,20 +1,24 @@
 """The step size: warm-up, and the control that holds the mean of V at the budget by scaling the learning rate.
 
     V̄  = mean of V over optimiser steps 2..M of one learner step
-    δ̂  = δ · q,  q = share of the batch's fresh groups that carry a signal (`budget.signal_share`)
+    δ̂  = the budget of the batch, a share of δ (`budget.budget_share`)
     Vs ← 0.7·Vs + 0.3·min(V̄/δ̂, 5),  Vs₀ = 1
-    s  ← clip(s·exp(0.3·clip(-log Vs, -1, 1)), 1/50, 50),   once per learner step;   lr_t = lr · warm-up · s
+    s  ← clip(s·exp(g·clip(-log Vs, -1, 1)), 1/50, 50),   once per learner step;   lr_t = lr · warm-up · s
+    g  = 0.3;  0.1 upwards once Vs has crossed 1 from the side where it began (s has settled)
 
 λ and s hold one budget: s its mean, λ the tails. Each part has a reason that was measured. The log of V̄ scatters by
 0.3 to 0.7 from step to step; a control that follows each of them holds the median at δ, and the mean 30 % above it.
 Smoothing first holds the mean within 10 %. The gain of 0.3 brings a rate that is 10 times too high or low home in a
 dozen steps.
 
+Once settled, s falls fast and rises slowly. Near saturation V is small for many learner steps, and then one step of the
+same length moves the policy far: a scale that had tripled meanwhile makes that step destroy what was learned.
+
 The first optimiser step of a learner step is left out: nothing has moved yet, so its V is 0.
 
 **What says nothing about the step size leaves it unchanged**: fewer than two optimiser steps, entries that are not
 finite (dropped), V̄ = 0, which means that nothing moved at all and would otherwise read as "enlarge as fast as
-possible", and a batch without any signal (q = 0).
+possible", and a batch without any signal (δ̂ = 0).
 
 See docs/budget.md.
 """
@@ -27,7 +31,7 @@ from math import exp, isfinite, log
 from r2vpo.algorithm.config import AlgorithmConfig
 
 _MEMORY = 0.7
-_RATE = 0.3
+_GAIN, _SETTLED_RISE = 0.3, 0.1
 _CAP = 5.0
 _LIMIT = 50.0
 
@@ -45,32 +49,37 @@ class StepControl:
         self.scale = 1.0
         self.smoothed = 1.0
         """V̄ over the budget of its batch, capped and smoothed."""
+        self.settled = False
+        """Whether ``smoothed`` has crossed 1 from the side where it began."""
 
-    def update(self, second_moment_M: Sequence[float], *, signal_share: float) -> float:
+    def update(self, second_moment_M: Sequence[float], *, share: float) -> float:
         """Move the scale after one learner step; return the new one.
 
         ``second_moment_M`` holds V of its M optimiser steps in order; those skipped for want of tokens are not among
-        them. ``signal_share`` is q, in [0, 1].
+        them. ``share`` is δ̂/δ, in [0, 1].
         """
-        assert 0 <= signal_share <= 1, signal_share
+        assert 0 <= share <= 1, share
         informative = [v for v in second_moment_M[1:] if isfinite(v)]
         mean = sum(informative) / len(informative) if informative else 0.0
-        if mean > 0 and signal_share > 0:
-            spent = min(mean / (self._delta * signal_share), _CAP)
+        if mean > 0 and share > 0:
+            spent = min(mean / (self._delta * share), _CAP)
             self.smoothed = _MEMORY * self.smoothed + (1 - _MEMORY) * spent
+            self.settled = self.settled or (self.smoothed - 1.0) * (self.scale - 1.0) > 0
             error = min(max(-log(self.smoothed), -1.0), 1.0)
-            self.scale = min(max(self.scale * exp(_RATE * error), 1 / _LIMIT), _LIMIT)
+            gain = _SETTLED_RISE if self.settled and error > 0 else _GAIN
+            self.scale = min(max(self.scale * exp(gain * error), 1 / _LIMIT), _LIMIT)
         return self.scale
 
-    def state_dict(self) -> dict[str, float]:
-        """The scale and the smoothed V̄."""
-        return {"scale": self.scale, "smoothed": self.smoothed}
+    def state_dict(self) -> dict[str, float | bool]:
+        """The scale, the smoothed V̄, and whether the scale has settled."""
+        return {"scale": self.scale, "smoothed": self.smoothed, "settled": self.settled}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Restore exactly what `state_dict` gave. ``ValueError`` if ``state`` is not that of a step control."""
         _check_keys(state, self.state_dict())
         self.scale = state["scale"]
         self.smoothed = state["smoothed"]
+        self.settled = bool(state["settled"])
 
 
 class FixedStep:
@@ -78,7 +87,7 @@ class FixedStep:
 
     scale = 1.0
 
-    def update(self, second_moment_M: Sequence[float], *, signal_share: float) -> float:
+    def update(self, second_moment_M: Sequence[float], *, share: float) -> float:
         """Return 1, whatever V is."""
         return self.scale
 

@@ -42,11 +42,11 @@ def test_lambda_rises_with_the_second_moment_of_later_steps():
     assert b.lam == pytest.approx(0.5 * exp(0.01))
 
 
-def test_all_actuators_compare_with_the_share_of_the_batch_that_has_a_signal():
+def test_all_actuators_compare_with_the_square_of_the_share_that_has_a_signal():
     b = budget()
-    b.begin(signal_share=0.25)
+    b.begin(signal_share=0.5)
     b.observe(0.0)
-    # A quarter of the groups carry a signal: δ/4 is exactly the budget of this batch.
+    # Half of the groups carry a signal: δ/4 is exactly the budget of this batch.
     assert b.observe(DELTA / 4)
     assert b.lam == pytest.approx(0.5)
     assert not b.observe(2.01 * DELTA / 4)

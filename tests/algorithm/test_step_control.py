@@ -22,21 +22,40 @@ def test_warm_up_is_linear_and_ends_at_1():
 def test_the_first_optimiser_step_is_left_out():
     control = StepControl(DELTA)
     # V̄ = (0.03 + 0.05)/2 = 2δ: Vs = 0.7·1 + 0.3·2 = 1.3, s = exp(-0.3·log 1.3)
-    assert control.update([100.0, 0.03, 0.05], signal_share=1.0) == pytest.approx(1.3**-0.3)
+    assert control.update([100.0, 0.03, 0.05], share=1.0) == pytest.approx(1.3**-0.3)
     assert control.smoothed == pytest.approx(1.3)
 
 
-def test_the_budget_is_in_proportion_to_the_share_of_groups_with_a_signal():
+def test_a_batch_may_spend_a_share_of_the_budget():
     control = StepControl(DELTA)
-    # V̄ = δ/2 is what half a batch of signal may spend: Vs stays 1, and so does s.
-    assert control.update([0.0, DELTA / 2], signal_share=0.5) == pytest.approx(1.0)
-    # The same V̄ on a tenth of the signal is 5 times its budget: Vs = 0.7 + 0.3·5 = 2.2
-    assert control.update([0.0, DELTA / 2], signal_share=0.1) == pytest.approx(2.2**-0.3)
+    # V̄ = δ/2 is half of the budget: Vs stays 1, and so does s.
+    assert control.update([0.0, DELTA / 2], share=0.5) == pytest.approx(1.0)
+    # The same V̄ is 5 times a tenth of it: Vs = 0.7 + 0.3·5 = 2.2
+    assert control.update([0.0, DELTA / 2], share=0.1) == pytest.approx(2.2**-0.3)
 
 
 def test_a_spike_counts_as_five_budgets():
     # Vs = 0.7 + 0.3·5 = 2.2
-    assert StepControl(DELTA).update([0.0, 1e9], signal_share=1.0) == pytest.approx(2.2**-0.3)
+    assert StepControl(DELTA).update([0.0, 1e9], share=1.0) == pytest.approx(2.2**-0.3)
+
+
+def test_a_scale_that_has_not_settled_rises_as_fast_as_it_falls():
+    control = StepControl(DELTA)
+    # Vs = 0.7 + 0.3·0.5 = 0.85, then 0.7·0.85 + 0.3·0.5 = 0.745: below 1 as in the beginning.
+    control.update([0.0, DELTA / 2], share=1.0)
+    assert control.update([0.0, DELTA / 2], share=1.0) == pytest.approx((0.85 * 0.745) ** -0.3)
+    assert not control.settled
+
+
+def test_once_settled_the_scale_rises_a_third_as_fast_and_falls_as_before():
+    control = StepControl(DELTA)
+    control.update([0.0, 2 * DELTA], share=1.0)  # Vs = 1.3
+    # Vs = 0.7·1.3 + 0.3·0.2 = 0.97: it has come down through 1.
+    risen = control.update([0.0, DELTA / 5], share=1.0)
+    assert control.settled
+    assert risen == pytest.approx(1.3**-0.3 * 0.97**-0.1)
+    # Vs = 0.7·0.97 + 0.3·3 = 1.579
+    assert control.update([0.0, 3 * DELTA], share=1.0) == pytest.approx(risen * 1.579**-0.3)
 
 
 @pytest.mark.parametrize(
@@ -45,21 +64,21 @@ def test_a_spike_counts_as_five_budgets():
 )
 def test_what_says_nothing_about_the_step_leaves_the_control_unchanged(second_moments):
     control = StepControl(DELTA)
-    control.update([0.0, 0.04], signal_share=1.0)
+    control.update([0.0, 0.04], share=1.0)
     before = control.state_dict()
-    control.update(second_moments, signal_share=1.0)
+    control.update(second_moments, share=1.0)
     assert control.state_dict() == before
 
 
 def test_a_batch_without_signal_leaves_the_control_unchanged():
     control = StepControl(DELTA)
-    assert control.update([0.0, 1e-9], signal_share=0.0) == 1.0
+    assert control.update([0.0, 1e-9], share=0.0) == 1.0
     assert control.smoothed == 1.0
 
 
 def test_broken_entries_are_dropped_and_zeros_are_not():
     # V̄ = (0.08 + 0)/2 = 2δ
-    assert StepControl(DELTA).update([0.0, nan, 0.08, inf, 0.0], signal_share=1.0) == pytest.approx(1.3**-0.3)
+    assert StepControl(DELTA).update([0.0, nan, 0.08, inf, 0.0], share=1.0) == pytest.approx(1.3**-0.3)
 
 
 @pytest.mark.parametrize("nominal", [0.1, 10.0])
@@ -70,10 +89,10 @@ def test_a_learning_rate_ten_times_off_is_corrected_in_a_dozen_learner_steps(nom
         return DELTA * (nominal * control.scale) ** 2
 
     for _ in range(12):
-        control.update([0.0, second_moment()], signal_share=1.0)
+        control.update([0.0, second_moment()], share=1.0)
     assert DELTA / 5 < second_moment() < 2 * DELTA
     for _ in range(40):
-        control.update([0.0, second_moment()], signal_share=1.0)
+        control.update([0.0, second_moment()], share=1.0)
     assert second_moment() == pytest.approx(DELTA, rel=1e-2)
 
 
@@ -82,7 +101,7 @@ def test_the_mean_of_a_noisy_second_moment_is_held_at_the_budget(scatter):
     rng, control, seen = np.random.default_rng(0), StepControl(DELTA), []
     for _ in range(3000):
         seen.append(DELTA * 4 * control.scale**2 * np.exp(scatter * rng.standard_normal()))
-        control.update([0.0, seen[-1]], signal_share=1.0)
+        control.update([0.0, seen[-1]], share=1.0)
     assert np.mean(seen[50:]) == pytest.approx(DELTA, rel=0.15)
 
 
@@ -91,28 +110,30 @@ def test_the_mean_of_a_noisy_second_moment_is_held_at_the_budget(scatter):
     st.just(0.0) | st.floats(1e-9, 1),  # a share is a count over a count
 )
 @example([[0.0, 1e308, 1e308], [0.0, 5e-324]], 1.0)
-def test_the_scale_never_leaves_its_bounds(learner_steps, signal_share):
+def test_the_scale_never_leaves_its_bounds(learner_steps, share):
     control = StepControl(DELTA)
     for second_moments in learner_steps:
-        assert 1 / 50 <= control.update(second_moments, signal_share=signal_share) <= 50
+        assert 1 / 50 <= control.update(second_moments, share=share) <= 50
 
 
 def test_the_bounds_are_a_fiftieth_and_fifty():
     control = StepControl(DELTA)
     for _ in range(30):
-        control.update([0.0, 1e-12], signal_share=1.0)
+        control.update([0.0, 1e-12], share=1.0)
     assert control.scale == 50.0
     for _ in range(60):
-        control.update([0.0, 1e12], signal_share=1.0)
+        control.update([0.0, 1e12], share=1.0)
     assert control.scale == 1 / 50
 
 
 def test_a_restored_control_continues_exactly():
     control, restored = StepControl(DELTA), StepControl(DELTA)
-    control.update([0.0, 0.0123], signal_share=1.0)
+    for second_moment in (0.03, 0.0123):
+        control.update([0.0, second_moment], share=1.0)
+    assert control.settled
     restored.load_state_dict(json.loads(json.dumps(control.state_dict())))
     assert restored.state_dict() == control.state_dict()
-    assert restored.update([0.0, 0.03], signal_share=1.0) == control.update([0.0, 0.03], signal_share=1.0)
+    assert restored.update([0.0, 0.003], share=1.0) == control.update([0.0, 0.003], share=1.0)
 
 
 def test_step_control_is_on_for_r2vpo_and_off_for_the_baselines_unless_asked():
@@ -124,7 +145,7 @@ def test_step_control_is_on_for_r2vpo_and_off_for_the_baselines_unless_asked():
 
 def test_a_fixed_step_ignores_the_second_moment():
     fixed = FixedStep()
-    assert fixed.update([0.0, 1e9], signal_share=1.0) == 1.0
+    assert fixed.update([0.0, 1e9], share=1.0) == 1.0
     fixed.load_state_dict(fixed.state_dict())
     assert fixed.scale == 1.0
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,25 @@ from learner.board import WeightBoard
 from learner.config import LearnerConfig
 from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.logfile import redirect_output
-from r2vpo.records import BatchSource, WeightManifest
+from r2vpo.records import BatchSource, Buckets, BucketSpec, WeightManifest, WeightSender
 
 if TYPE_CHECKING:
     from learner.trainer import LearnerTrainer
+
+
+class StoreSender:
+    """WeightSender that keeps every bucket in Ray's object store, where whoever comes may fetch it."""
+
+    def open(self, *, rank: int, address: tuple[str, int]) -> None:
+        """See ``WeightSender.open``: there is nobody to meet."""
+
+    def put(self, payload: memoryview) -> ray.ObjectRef:
+        """See ``WeightSender.put``."""
+        return ray.put(np.frombuffer(payload, dtype=np.uint8))
+
+    def send(self, buckets: Buckets, specs: Sequence[BucketSpec]) -> None:
+        """See ``WeightSender.send``."""
+        raise AssertionError("all buckets were kept")
 
 
 class LearnerRank:
@@ -67,6 +83,8 @@ class LearnerRank:
             "canary_text": canary_text,
         }
         self._built: LearnerTrainer | None = None
+        self._sender: WeightSender = StoreSender()
+        self._specs: tuple[BucketSpec, ...] = ()
         self._doing, self._since_s = "waiting to be started", time.time()
 
     def address(self) -> tuple[str, int]:
@@ -121,15 +139,32 @@ class LearnerRank:
         self._done()
         return {**metrics, "time/fetch_s": fetch_s}
 
+    def open(self, sender: WeightSender) -> None:
+        """Publish by another transport than the object store; all ranks, after ``start``."""
+        self._begin("meeting the rollout workers")
+        sender.open(rank=self._rank, address=self.address())
+        self._sender = sender
+        self._done()
+
     def publish(self) -> tuple[WeightManifest, list[ray.ObjectRef]] | None:
-        """Put the weights into the object store; rank 0 returns the manifest and one reference per bucket.
+        """Encode the weights; rank 0 returns the manifest and one reference per bucket, or none: then ``send`` follows.
 
         The objects belong to this actor: they are gone when it dies.
         """
         self._begin(f"publishing version {self._trainer.version}")
-        published = self._trainer.publish(lambda payload: ray.put(np.frombuffer(payload, dtype=np.uint8)))
+        published = self._trainer.publish(self._sender.put)
         self._done()
-        return published
+        if published is None:
+            return None
+        manifest, references = published
+        self._specs = manifest.buckets
+        return manifest, [reference for reference in references if reference is not None]
+
+    def send(self) -> None:
+        """Hand over the version that was announced; returns once all workers have it."""
+        self._begin(f"sending version {self._trainer.version}")
+        self._sender.send(self._trainer.buckets(), self._specs)
+        self._done()
 
     def save(self, directory: str) -> str:
         """Write a checkpoint of the current version below ``directory``; returns its path."""

@@ -26,7 +26,7 @@ class WeightBoard(Generic[Reference]):
 
     async def post(self, manifest: WeightManifest, references: Sequence[Reference]) -> None:
         """Announce a version. Stamps at or above it are forgotten: a learner that resumed has given them up."""
-        assert len(references) == len(manifest.buckets), "one reference per bucket"
+        assert len(references) in (0, len(manifest.buckets)), "one reference per bucket, or a broadcast follows"
         async with self._posted:
             kept = {stamp: post for stamp, post in self._posts.items() if stamp < manifest.stamp}
             kept[manifest.stamp] = (manifest, tuple(references))

@@ -48,6 +48,9 @@ class LearnerConfig:
     """`sdpa`, `flash_attention_2`, or `auto`: flash attention where it is installed and there is a GPU."""
     bucket_mb: float = 256.0
     """Size (MiB) of one bucket of published weights."""
+    weight_transport: str = "object_store"
+    """How weights reach the workers: `object_store` (workers may come, go and be replaced), or `nccl`, a broadcast from
+    GPU to GPU to a fleet that stays as it starts."""
     sync_every: int = 1
     """Learner steps between two publications of the weights; the last step's are always published."""
     checkpoint_every: int = 50
@@ -97,6 +100,7 @@ class LearnerConfig:
             require.at_least("learner.num_gpus", self.num_gpus, 0.0)
         require.between("learner.zero_stage", self.zero_stage, 0, 3)
         require.one_of("learner.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        require.one_of("learner.weight_transport", self.weight_transport, ("object_store", "nccl"))
         require.one_of("learner.attention", self.attention, ("auto", "sdpa", "flash_attention_2"))
         if self.minibatches > self.groups_per_step:
             raise ValueError(

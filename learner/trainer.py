@@ -39,7 +39,7 @@ from r2vpo.algorithm.diagnostics import LagDiagnostics
 from r2vpo.algorithm.minibatches import split_minibatches
 from r2vpo.algorithm.objectives import loss_denominator, objective, second_moment_sum
 from r2vpo.algorithm.step_control import warmup_factor
-from r2vpo.records import Canary, SampledBatch, WeightManifest
+from r2vpo.records import Buckets, Canary, SampledBatch, WeightManifest
 
 Payload = TypeVar("Payload")
 logger = logging.getLogger(__name__)
@@ -155,17 +155,22 @@ class LearnerTrainer:
         """
         self._check_weights()
         canary = self.canary()
-        encoder, specs, payloads = BucketEncoder(), [], []
-        for names in bucket_names(self.engine.tensors, bucket_mb=self._config.bucket_mb):
-            encoded = self.engine.gather(names, encoder.encode)
-            if encoded is not None:
-                spec, payload = encoded
+        specs, payloads = [], []
+        for bucket in self.buckets():
+            if bucket is not None:
+                spec, payload = bucket
                 specs.append(spec)
                 payloads.append(put(payload))
         if self.engine.rank != 0:
             return None
         manifest = WeightManifest(version=self.version, buckets=tuple(specs), canary=canary, published_s=time.time())
         return manifest, payloads
+
+    def buckets(self) -> Buckets:
+        """The buckets of the current weights; see ``Buckets``."""
+        encoder = BucketEncoder()
+        for names in bucket_names(self.engine.tensors, bucket_mb=self._config.bucket_mb):
+            yield self.engine.gather(names, encoder.encode)
 
     @torch.no_grad()
     def canary(self) -> Canary:

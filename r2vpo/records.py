@@ -13,7 +13,7 @@ Only the standard library and numpy are imported here, so that every room can sp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -367,6 +367,27 @@ class GroupSource(Protocol):
 
     async def commit(self, *, step: int, group_ids: tuple[int, ...]) -> None:
         """Record the groups as consumed by ``step``; the learner's version becomes ``step + 1``."""
+        ...
+
+
+Buckets = Iterable[tuple[BucketSpec, memoryview] | None]
+"""All buckets of the learner's weights in order, gathered while they are iterated, by all ranks together; None on ranks
+other than 0. The bytes of a bucket are there until the next one is asked for."""
+
+
+class WeightSender(Protocol):
+    """How the learner's weights leave it: one weight transport, as a rank sees it."""
+
+    def open(self, *, rank: int, address: tuple[str, int]) -> None:
+        """Called once by every rank; ``address`` names its machine and a free port there."""
+        ...
+
+    def put(self, payload: memoryview) -> Any:
+        """Keep a copy of a bucket before its version is announced; returns a reference, or None if nothing is kept."""
+        ...
+
+    def send(self, buckets: Buckets, specs: Sequence[BucketSpec]) -> None:
+        """Called by every rank once a version is announced of which nothing was kept; ``specs`` are rank 0's."""
         ...
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from r2vpo.logfile import redirect_output
 from r2vpo.records import Evaluation, GroupSink, PromptSource, RolloutStats, WeightSource
 from rollout.config import RolloutConfig, TaskConfig
+from rollout.delivery import make_delivery
 from rollout.rewards import RewardPool
 from rollout.sync import WeightSync
 from rollout.tasks.factory import make_task
@@ -48,10 +51,11 @@ class RolloutActor:
         weights: WeightSource,
         probe_every_s: float,
         silent_s: float,
+        transport: str,
     ) -> None:
         """Start the engine; it serves its first prompt only after its first verified sync.
 
-        ``probe_every_s``, ``silent_s``: see ``RolloutWorker``.
+        ``probe_every_s``, ``silent_s``: see ``RolloutWorker``; ``transport``: ``learner.weight_transport``.
         """
         # Imported here: vLLM must see the environment that Ray gave this process, and importing it takes seconds.
         engine_module = importlib.import_module("rollout.engine")
@@ -65,7 +69,11 @@ class RolloutActor:
         )
         await rewards.start()
         engine = await engine_module.RolloutEngine.start(
-            config, model_path=model_path, on_gpu=on_gpu, trust_remote_code=trust_remote_code
+            config,
+            model_path=model_path,
+            on_gpu=on_gpu,
+            trust_remote_code=trust_remote_code,
+            transport=transport,
         )
         self._engine, self._rewards = engine, rewards
         self._worker = RolloutWorker(
@@ -79,10 +87,15 @@ class RolloutActor:
             prompts=prompts,
             groups=groups,
             weights=weights,
-            sync=WeightSync(engine, worker=self._name, tolerance=tolerance),
+            sync=WeightSync(engine, worker=self._name, tolerance=tolerance, delivery=make_delivery(transport)),
             probe_every_s=probe_every_s,
             silent_s=silent_s,
         )
+
+    async def connect(self, init_info: Mapping[str, Any]) -> None:
+        """See ``RolloutEngine.connect``."""
+        self._started()
+        await self._engine.connect(init_info)
 
     async def run(self) -> None:
         """Serve until ``stop``, or until it is drained; raises what a component raised."""

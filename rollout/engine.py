@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NoReturn
 
@@ -24,7 +24,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from rollout.config import RolloutConfig
 from rollout.generation import Completion, EngineFailed
-from rollout.weight_transfer import BACKEND
+from rollout.weight_transfer import BACKENDS
 
 GIB = 1 << 30
 MIN_BATCHED_TOKENS = 2048
@@ -43,9 +43,12 @@ class RolloutEngine:
 
     @classmethod
     async def start(
-        cls, config: RolloutConfig, *, model_path: str, on_gpu: bool, trust_remote_code: bool
+        cls, config: RolloutConfig, *, model_path: str, on_gpu: bool, trust_remote_code: bool, transport: str
     ) -> RolloutEngine:
-        """Load the model from ``model_path`` as version 0 and start the engine's processes."""
+        """Load the model from ``model_path`` as version 0 and start the engine's processes.
+
+        With ``transport="nccl"``, ``connect`` comes before the first ``load``.
+        """
         arguments = AsyncEngineArgs(
             model=model_path,
             trust_remote_code=trust_remote_code,
@@ -63,13 +66,15 @@ class RolloutEngine:
             logprobs_mode="processed_logprobs",
             # A model's own generation_config may carry top-p or top-k, which would bias the ratio.
             generation_config="vllm",
-            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            weight_transfer_config=WeightTransferConfig(backend=BACKENDS[transport]),
             disable_log_stats=True,
         )
         llm = AsyncLLM.from_engine_args(arguments)
-        await llm.init_weight_transfer_engine(WeightTransferInitRequest())
+        engine = cls(llm, config)
+        if transport == "object_store":
+            await engine.connect({})
         await llm.update_weight_version("0")
-        return cls(llm, config)
+        return engine
 
     async def generate(
         self, prompt_token_ids: Sequence[int], *, n: int, seed: int | None, temperature: float, max_tokens: int
@@ -99,12 +104,16 @@ class RolloutEngine:
         scores = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
         return np.array([entry[token].logprob for entry, token in scores if entry is not None], dtype=np.float32)
 
-    async def load(self, paths: Sequence[str], *, version: int) -> None:
-        """Replace the weights by those in the files and label them ``version``. Call it inside ``paused()``."""
+    async def connect(self, init_info: Mapping[str, Any]) -> None:
+        """Meet the other side of a transport that needs it; returns once all are there."""
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=dict(init_info)))
+
+    async def load(self, updates: Sequence[Mapping[str, Any]], *, version: int) -> None:
+        """Apply the updates of a ``Delivery`` and label the weights ``version``. Call it inside ``paused()``."""
         with _clear_errors("loaded weights"):
             await self._llm.start_weight_update()
-            for path in paths:
-                await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"path": path}))
+            for update in updates:
+                await self._llm.update_weights(WeightTransferUpdateRequest(update_info=dict(update)))
             await self._llm.finish_weight_update(weight_version=str(version))
 
     @asynccontextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import xxhash
@@ -48,8 +48,8 @@ class Engine(Protocol):
         """float32 ``[T - 1]``: log-prob (nats, temperature 1) of every token after the first."""
         ...
 
-    async def load(self, paths: Sequence[str], *, version: int) -> None:
-        """Replace the weights by those in the files and label them ``version``; only inside ``paused()``."""
+    async def load(self, updates: Sequence[Mapping[str, Any]], *, version: int) -> None:
+        """Apply the updates of a ``Delivery`` and label the weights ``version``; only inside ``paused()``."""
         ...
 
     def paused(self) -> AbstractAsyncContextManager[None]:

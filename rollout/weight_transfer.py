@@ -22,7 +22,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-BACKEND = "r2vpo_file"
+BACKENDS = {"object_store": "r2vpo_file", "nccl": "r2vpo_nccl"}
+"""Of each weight transport the name that vLLM knows it by."""
 
 
 @dataclass
@@ -59,7 +60,7 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
 
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
         """Hand the file's tensors to the model's own loader."""
-        cast("_Loadable", self.model).load_weights(load_file(update_info.path, device=str(self.device)).items())
+        cast("Loadable", self.model).load_weights(load_file(update_info.path, device=str(self.device)).items())
 
     def finish_weight_update(self) -> None:
         """Process the loaded layers for the kernels, then point a tied output head at the new embedding."""
@@ -71,10 +72,12 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
         """Nothing is held open."""
 
 
-class _Loadable(Protocol):
+class Loadable(Protocol):
     """What every model of vLLM can do."""
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> object: ...
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> object:
+        """Put tensors under their Hugging Face names where they belong."""
+        ...
 
 
 def tie_output_head(model: torch.nn.Module) -> None:
@@ -105,6 +108,10 @@ def _matrix(layer: torch.nn.Module) -> torch.Tensor:
 
 
 def register() -> None:
-    """Entry point for vLLM: make the backend known, once per process."""
-    if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransfer)
+    """Entry point for vLLM: make the backends known, once per process."""
+    if BACKENDS["object_store"] not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKENDS["object_store"], FileWeightTransfer)
+        # By name: it is imported only where it is used.
+        WeightTransferEngineFactory.register_engine(
+            BACKENDS["nccl"], "rollout.nccl_transfer", class_name="NcclWeightTransfer"
+        )

@@ -22,7 +22,7 @@ import sys
 import time
 import urllib.request
 import warnings
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from math import prod
 from statistics import median
@@ -98,9 +98,9 @@ class CopyEngine:
         for name, tensor in tensors.items():
             self.tensors[name].copy_(tensor)
 
-    async def load(self, paths: Sequence[str], *, version: int) -> None:
-        for path in paths:
-            self.take(load_file(path))
+    async def load(self, updates: Sequence[Mapping[str, Any]], *, version: int) -> None:
+        for update in updates:
+            self.take(load_file(update["path"]))
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:

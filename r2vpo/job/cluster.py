@@ -20,7 +20,7 @@ from typing import Any
 import ray
 from ray.exceptions import AuthenticationError
 
-from r2vpo.job.config import ConfigError, RunConfig
+from r2vpo.job.config import NO_GPU_TO_BROADCAST, ConfigError, RunConfig
 from r2vpo.job.ray_address import check_cluster
 
 MIB = 1 << 20
@@ -135,6 +135,8 @@ def _check_supply(config: RunConfig, need_cpus: float, home: Path | None) -> Clu
     supply = ray.cluster_resources()
     time_shares = home is not None and config.ray.num_cpus is None
     cluster = Cluster(on_gpu=supply.get("GPU", 0) > 0, home=home, time_shares=time_shares)
+    if config.fixed_fleet and not cluster.on_gpu:
+        raise ConfigError(NO_GPU_TO_BROADCAST)
     rollout = cluster.options(0, config.rollout.num_gpus, gpus_each=config.rollout.tensor_parallel_size)["num_gpus"]
     learner = cluster.options(0, config.learner.num_gpus)["num_gpus"]
     need_gpus = config.rollout.workers * rollout + config.learner.ranks * learner

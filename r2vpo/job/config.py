@@ -33,6 +33,11 @@ __all__ = [
 ]
 
 
+NO_GPU_TO_BROADCAST = (
+    "learner.weight_transport=nccl broadcasts from GPU to GPU, and this cluster has none; set it to object_store"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The model that is trained."""
@@ -189,6 +194,8 @@ class RunConfig:
                 f"task.eval_every={self.task.eval_every} is no multiple of learner.sync_every="
                 f"{self.learner.sync_every}: only published weights can be evaluated; change one of the two"
             )
+        if self.fixed_fleet:
+            self._check_broadcast()
         custom = {**self.rollout.resources, **self.learner.resources}
         if custom and self.ray.address is None:
             raise ValueError(
@@ -221,6 +228,28 @@ class RunConfig:
                 f"{self.learner.ranks} (learner.num_cpus={self.learner.num_cpus:g} each) reserve: some would never be "
                 "placed; raise ray.num_cpus, or set it to null"
             )
+
+    def _check_broadcast(self) -> None:
+        for section, each in (("rollout", self.rollout.num_gpus), ("learner", self.learner.num_gpus)):
+            if each is not None and each < 1:
+                raise ValueError(
+                    "learner.weight_transport=nccl broadcasts from GPU to GPU, and every worker and rank needs one of "
+                    f"its own, not {section}.num_gpus={each:g}: set it to 1 or null, or weight_transport=object_store"
+                )
+        if self.rollout.autoscale.is_on:
+            raise ValueError(
+                f"rollout.autoscale.max={self.rollout.autoscale.max} adds and drains workers, but {self.fixed_fleet}"
+            )
+
+    @property
+    def fixed_fleet(self) -> str:
+        """Why no worker may come, go or be replaced while the run lasts, and what to do; "" if they may."""
+        if self.learner.weight_transport != "nccl":
+            return ""
+        return (
+            "learner.weight_transport=nccl ties the weights to the processes that the run started with: go on with "
+            "`r2vpo resume` (and another rollout.workers, if you like), or set it to object_store"
+        )
 
     @property
     def reserved_cpus(self) -> float:

@@ -168,6 +168,7 @@ class RayLauncher:
             "weights": WeightLink(board),
             "probe_every_s": config.supervisor.probe_every_s,
             "silent_s": config.supervisor.silent_s,
+            "transport": config.learner.weight_transport,
         }
         """See ``Launcher.arguments``."""
         self._families = Families()

@@ -76,10 +76,15 @@ class Fleet:
         eval_prompts: int,
         start_timeout_s: float,
         silent_s: float,
+        fixed: str = "",
     ) -> None:
-        """``workers`` of them at first. ``note`` takes sentences for a person."""
+        """``workers`` of them at first. ``note`` takes sentences for a person.
+
+        ``fixed`` says why none may come, go or be replaced; "" if they may.
+        """
         self._launcher, self._replay, self._restarts, self._note = launcher, replay, restarts, note
         self._eval_prompts, self._start_timeout_s, self._silent_s = eval_prompts, start_timeout_s, silent_s
+        self._fixed = fixed
         self.target = workers
         """Workers that the run should have."""
         self._num_launched = self._num_places = 0
@@ -117,12 +122,19 @@ class Fleet:
         stops = (place.worker.component.ask("stop", within_s=STOP_TIMEOUT_S) for place in self._places)
         await asyncio.gather(*stops, return_exceptions=True)
 
+    @property
+    def components(self) -> list[Component]:
+        """Who fills the places, in their order."""
+        return [place.worker.component for place in self._places]
+
     # What people ask for
 
     def scale(self, workers: int) -> None:
         """Have so many workers from now on; ``keep`` sees to it. ``ConfigError`` for fewer than one."""
         if workers < 1:
             raise ConfigError(f"cannot scale to {workers} rollout workers: the learner would wait forever; at least 1")
+        if self._fixed:
+            raise ConfigError(f"cannot scale to {workers} rollout workers: {self._fixed}")
         self.target = workers
         self._changed.set()
 
@@ -131,6 +143,8 @@ class Fleet:
 
         Returns a sentence that says what happens. ``ConfigError`` if nobody is called so.
         """
+        if self._fixed:
+            raise ConfigError(f"cannot drain {name}: {self._fixed}")
         named = [place for place in self._places if place.worker.name == name and not place.is_leaving]
         if named:
             if self.target == 1:
@@ -259,6 +273,8 @@ class Fleet:
         try:
             if place.is_leaving:
                 return True
+            if self._fixed:
+                raise FailedForGood(f"{failure}; {self._fixed}")
             # A worker may fail by somebody else's end, such as that of the weight board.
             remedy = "replacing it" if str(failure).startswith(old.name) else f"replacing {old.name}"
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,9 +15,11 @@ from learner.errors import WeightsNotFinite
 from r2vpo.job.cluster import Cluster
 from r2vpo.job.component import Component, ComponentSilent, JobFailed, roll_call, together
 from r2vpo.job.config import RunConfig
+from r2vpo.job.links import MeetingLink
 from r2vpo.job.processes import Families, host_of
 from r2vpo.job.status import ComponentStatus
 from r2vpo.records import BatchSource
+from rollout.broadcast import NcclSender
 from rollout.tasks.factory import make_task
 
 START_TIMEOUT_S = 600.0
@@ -94,13 +97,19 @@ class Learners:
         await together(*(self._watch(rank) for rank in self.ranks))
         raise AssertionError("ranks are watched until the run ends")
 
+    async def meet(self, workers: Sequence[Component], *, gpus_each: int) -> None:
+        """Publish by broadcasts to exactly these workers, with ``gpus_each`` GPUs, from now on."""
+        await self._all("open", NcclSender((gpus_each,) * len(workers), MeetingLink(tuple(workers))))
+
     async def publish(self) -> None:
-        """Put the current weights into the object store and name them on the board.
+        """Hand out the current weights under the version that the board names.
 
         ``WeightsNotFinite`` if they are not fit to be used.
         """
         manifest, refs = await self._all("publish", passing=(WeightsNotFinite,))
         await self._board.ask("post", replace(manifest, lineage=self._lineage), refs)
+        if not refs:
+            await self._all("send")
 
     async def publish_due(self, version: int) -> None:
         """Publish the weights of ``version``, the current one, if ``learner.sync_every`` has come to it.

@@ -12,7 +12,7 @@ component at the other end, so that it is not taken for the worker's own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,8 @@ from replay.errors import ReplayError
 from replay.rows import EncodedGroup, Rows, encode_group, shard_of_key
 from replay.serialize import decode
 
+MEET_S = 600.0
+"""Longest time until all engines and the learner have met for broadcasts (seconds)."""
 FETCH_S = 600.0
 """Longest time that the weights of one version, or the groups of one batch, may take over the network (seconds)."""
 SCAN_S = 3600.0
@@ -215,3 +217,19 @@ class WeightLink:
             raise LookupError(f"version {manifest.version} of the learner's weights is lost") from error
         except TimeoutError:
             raise JobFailed(f"version {manifest.version} of the weights did not arrive within {FETCH_S:g} s") from None
+
+
+@dataclass(frozen=True)
+class MeetingLink:
+    """How learner rank 0 has the rollout workers join it for broadcasts; see ``NcclSender.meet``."""
+
+    workers: tuple[Component, ...]
+
+    def __call__(self, init_infos: Sequence[Mapping[str, Any]]) -> None:
+        """Returns once all have joined. ``JobFailed`` if one cannot."""
+        joins = [worker.actor.connect.remote(info) for worker, info in zip(self.workers, init_infos, strict=True)]
+        names = ", ".join(worker.name for worker in self.workers)
+        try:
+            ray.get(joins, timeout=MEET_S)
+        except RayError as error:
+            raise JobFailed(f"the learner and {names} did not meet for broadcasts of the weights: {error}") from error

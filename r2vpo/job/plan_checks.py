@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from r2vpo.job import plan_batch
-from r2vpo.job.config import RunConfig
+from r2vpo.job.config import NO_GPU_TO_BROADCAST, RunConfig
 from r2vpo.job.plan_cluster import GIB
 from r2vpo.job.plan_facts import Plan, memory_of_learner
 from r2vpo.job.plan_host import SPILL_SHARE, VERSIONS_KEPT, gib
@@ -22,7 +22,7 @@ MASK_BYTES = GIB
 
 def problems(plan: Plan) -> list[str]:
     """What cannot work."""
-    checks = (_supply, _learner_gpu, _engine_gpu, _shared_gpu, _kv_cache, _main_memory, _bucket)
+    checks = (_supply, _transport, _learner_gpu, _engine_gpu, _shared_gpu, _kv_cache, _main_memory, _bucket)
     return [sentence for find in checks for sentence in find(plan)]
 
 
@@ -60,6 +60,12 @@ def _supply(plan: Plan) -> Iterator[str]:
             f"{largest.gpus:g} GPUs and {largest.cpus:g} CPUs on one machine, and the largest has {machine.gpus:g} and "
             f"{machine.cpus:g} ({each}); lower rollout.tensor_parallel_size or num_cpus, or take fewer actors"
         )
+
+
+def _transport(plan: Plan) -> Iterator[str]:
+    """A broadcast finds the GPUs that it goes from and to."""
+    if plan.config.fixed_fleet and not plan.shape.on_gpu:
+        yield NO_GPU_TO_BROADCAST
 
 
 def _learner_gpu(plan: Plan) -> Iterator[str]:
@@ -172,7 +178,7 @@ def _memory_fix(plan: Plan) -> str:
 
 def _bucket(plan: Plan) -> Iterator[str]:
     """A bucket of weights fits into the object store."""
-    if plan.bucket_bytes > plan.store_bytes:
+    if plan.bucket_bytes > plan.store_bytes and not plan.config.fixed_fleet:
         fix = "raise ray.object_store_mb" if plan.private else "give Ray's object store more"
         yield (
             f"a bucket of weights takes {gib(plan.bucket_bytes)} and Ray's object store has {gib(plan.store_bytes)}: "
@@ -274,7 +280,7 @@ def _tight(plan: Plan) -> Iterator[str]:
 def _spilling(plan: Plan) -> Iterator[str]:
     """Ray writes objects to disk when its store is nearly full."""
     need = VERSIONS_KEPT * plan.sync.num_bytes
-    if plan.bucket_bytes <= plan.store_bytes < need / SPILL_SHARE:
+    if plan.bucket_bytes <= plan.store_bytes < need / SPILL_SHARE and not plan.config.fixed_fleet:
         fix = f"raise ray.object_store_mb to {need / SPILL_SHARE / 2**20:,.0f}" if plan.private else "enlarge it"
         yield (
             f"{VERSIONS_KEPT} versions of the weights take {gib(need)} and Ray's object store has "

@@ -75,9 +75,9 @@ FREE = frozenset({"name", "run_dir"}) | frozenset(
         ),
         "replay": "evict_after_lag capacity_groups capacity_gb lease_s",
         "learner": (
-            "steps micro_batch_tokens gradient_checkpointing attention bucket_mb sync_every checkpoint_every "
-            "keep_checkpoints "
-            "keep_every max_bad_steps num_cpus num_gpus resources omp_threads step_timeout_s"
+            "steps micro_batch_tokens gradient_checkpointing attention bucket_mb weight_transport sync_every "
+            "checkpoint_every keep_checkpoints keep_every max_bad_steps num_cpus num_gpus resources omp_threads "
+            "step_timeout_s"
         ),
         "supervisor": "max_restarts window_s backoff_s silent_s probe_every_s",
         "tracking": "wandb project",

@@ -103,6 +103,7 @@ class Session:
             eval_prompts=config.task.eval_prompts,
             start_timeout_s=config.rollout.start_timeout_s,
             silent_s=config.supervisor.silent_s,
+            fixed=config.fixed_fleet,
         )
         self._autoscaler = Autoscaler(config.rollout.autoscale)
         self.has_served = False
@@ -147,8 +148,12 @@ class Session:
             await while_all_live(until_stop(self._start(checkpoint), self._stop.wait), lives)
             if self._stop.is_set:
                 return
-            self.has_served = True
             lives += [asyncio.create_task(life) for life in (self._fleet.keep(), self._look_at_store())]
+            self._record.phase("first weights to the workers")
+            await while_all_live(until_stop(self._learners.publish(), self._stop.wait), lives)
+            if self._stop.is_set:
+                return
+            self.has_served = True
             await while_all_live(self._train_to_the_end(), lives)
         finally:
             await cancelled(*lives)
@@ -162,8 +167,9 @@ class Session:
         self._record.store = await self._store.stats()
         await self._keep_what_resuming_needs()
         await together(self._start_learners(checkpoint), self._fleet.start())
-        self._record.phase("first weights to the workers")
-        await self._learners.publish()
+        if config.fixed_fleet:
+            self._record.phase("learner and workers meet for broadcasts")
+            await self._learners.meet(self._fleet.components, gpus_each=config.rollout.tensor_parallel_size)
 
     def _make_learners(self) -> Learners:
         return Learners(
@@ -291,6 +297,8 @@ class Session:
         that the learner will not have had. What the store holds of versions up to the checkpoint's is trained on.
         """
         record = self._record
+        if self._config.fixed_fleet:
+            raise FailedForGood(f"{lost}; {self._config.fixed_fleet}")
         while True:
             checkpoint = newest(self._run.checkpoints)
             step = read_state(checkpoint)["version"] if checkpoint else 0

@@ -74,7 +74,7 @@ ROWS = {
     "tasks are light": Row(modules_of("rollout.tasks") - {"rollout.tasks.math"}, HEAVY),
     "a reward process starts light": Row({"rollout.reward_process"}, HEAVY | {"numpy"}),
     "rollout outside its engine brings no engine": Row(
-        modules_of("rollout") - {"rollout.actor", "rollout.engine", "rollout.weight_transfer"},
+        modules_of("rollout") - {"rollout.actor", "rollout.engine", "rollout.nccl_transfer", "rollout.weight_transfer"},
         ENGINES | {"wandb", "replay", "learner"} | ROOF,
     ),
     "the learner brings no other engine": Row(

@@ -28,6 +28,7 @@ def test_a_run_on_two_shards_with_weighted_draws_equals_the_reference_on_its_bat
         "learner.minibatches=3",
         "learner.checkpoint_every=0",
         "task.eval_prompts=16",
+        "task.eval_every=3",
         *EXACTLY,
     )
     stale = []
@@ -40,6 +41,10 @@ def test_a_run_on_two_shards_with_weighted_draws_equals_the_reference_on_its_bat
     check_redone(run, steps=STEPS, look=look, weights_within=1e-4)  # 18 steps of Adam on gradients equal to rounding
     assert all(g.uses > 0 and g.group.has_signal for g in stale)
     assert len({g.weight for g in stale}) > 1, "draws by priority have unequal weights"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # after versions 3 and 6, but the last one is evaluated at the end of every run
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [2]
+    assert 0 <= rows[2]["eval/accuracy"] <= 1
     with StoreReader(run / "replay") as store:
         assert list(store.verify()) == []
         assert store.version == STEPS

@@ -114,7 +114,9 @@ class FakeLauncher:
 class Yard:
     """A fleet with its fakes."""
 
-    def __init__(self, folder: Path, *, workers: int = 2, max_restarts: int = 2, silent_s: float = 5.0) -> None:
+    def __init__(
+        self, folder: Path, *, workers: int = 2, max_restarts: int = 2, silent_s: float = 5.0, fixed: str = ""
+    ) -> None:
         self.launcher, self.store, self.notes = FakeLauncher(), FakeStore(), []
         self.now_s = 0.0
         self.fleet = Fleet(
@@ -131,6 +133,7 @@ class Yard:
             eval_prompts=16,
             start_timeout_s=5.0,
             silent_s=silent_s,
+            fixed=fixed,
         )
 
     async def start(self) -> asyncio.Task[Any]:

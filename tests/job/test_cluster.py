@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from learner.config import LearnerConfig
 from r2vpo.job import cluster
 from r2vpo.job.cluster import HOME_PREFIX, Cluster, close_cluster, make_home
 from r2vpo.job.config import ConfigError, ModelConfig, RayConfig, RunConfig
@@ -85,6 +86,13 @@ def test_a_job_that_would_never_be_placed_is_refused_with_need_and_supply(monkey
         cluster._check_supply(config, 3.0, None)
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 3.0, "GPU": 5.0})
     assert cluster._check_supply(config, 3.0, None).on_gpu
+
+
+def test_a_broadcast_is_refused_where_there_are_no_gpus(monkeypatch):
+    config = RunConfig(model=ModelConfig(path="m"), learner=LearnerConfig(weight_transport="nccl"))
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 8.0})
+    with pytest.raises(ConfigError, match=r"nccl broadcasts from GPU to GPU, and this cluster has none; set it to obj"):
+        cluster._check_supply(config, 2.0, None)
 
 
 def test_custom_resources_are_asked_for_and_checked_against_the_cluster(monkeypatch):

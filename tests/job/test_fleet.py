@@ -175,3 +175,17 @@ async def test_an_evaluation_goes_to_another_worker_when_the_first_one_fails(yar
     assert yard.notes == [
         "rollout-0 failed: vLLM's engine died; see logs/error.log; evaluating again, on another worker"
     ]
+
+
+async def test_a_fleet_that_must_stay_as_it_is_refuses_every_change_and_says_why(tmp_path):
+    yard = Yard(tmp_path, fixed="weights are broadcast: use resume")
+    keeping = await yard.start()
+    for change in (lambda: yard.fleet.scale(3), lambda: yard.fleet.drain("rollout-1")):
+        with pytest.raises(
+            ConfigError, match=r"cannot (scale to 3|drain rollout-1).*: weights are broadcast: use resume"
+        ):
+            change()
+    yard.launcher.made["rollout-1"].fail(RuntimeError("engine died"))
+    with pytest.raises(FailedForGood, match=r"engine died; .*; weights are broadcast: use resume"):
+        await keeping
+    assert list(yard.launcher.made) == ["rollout-0", "rollout-1"]

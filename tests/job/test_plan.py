@@ -175,6 +175,14 @@ def test_memory_of_the_two_measured_runs_is_within_a_fifth():
         assert host.total / MIB == pytest.approx(measured_mib, rel=0.2)
 
 
+def test_a_broadcast_of_the_weights_needs_gpus_and_no_room_in_the_object_store():
+    assert (
+        problems(planned(math_recipe("learner.weight_transport=nccl", "learner.bucket_mb=600"), QWEN_SHAPE, NODE)) == []
+    )
+    plan = planned(quickstart("learner.weight_transport=nccl", "learner.num_gpus=null"), LARGER, LAPTOP)
+    assert "learner.weight_transport=nccl broadcasts from GPU to GPU" in " ".join(problems(plan))
+
+
 @pytest.mark.parametrize(
     ("overrides", "cluster", "parts"),
     [

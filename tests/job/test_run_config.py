@@ -133,6 +133,22 @@ def test_values_arrive_as_written(load, yaml_text, override, key, value):
         ),
         (
             "",
+            ("learner.weight_transport=nccl", "rollout.num_gpus=0"),
+            ["nccl broadcasts from GPU to GPU", "not rollout.num_gpus=0", "weight_transport=object_store"],
+        ),
+        (
+            "",
+            ("learner.weight_transport=nccl", "learner.num_gpus=0.5"),
+            ["needs one of its own, not learner.num_gpus=0.5"],
+        ),
+        (
+            "",
+            ("learner.weight_transport=nccl", "rollout.autoscale.max=2"),
+            ["rollout.autoscale.max=2 adds and drains workers", "`r2vpo resume`", "set it to object_store"],
+        ),
+        ("", ("learner.weight_transport=ncc",), ["learner.weight_transport=ncc is not one of object_store, nccl"]),
+        (
+            "",
             ("rollout.resources={rollout: 1}",),
             ["ask Ray for rollout", "a private Ray has only CPUs and GPUs", "ray.address"],
         ),

@@ -1,4 +1,6 @@
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from learner.checkpoint import newest
 from learner.config import LearnerConfig
 from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.checksum import verify_bucket
-from r2vpo.records import SampledBatch
+from r2vpo.records import Buckets, BucketSpec, SampledBatch
 from tests.learner.batches import sampled_batches
 
 
@@ -19,6 +21,31 @@ class Fetched:
 
     def fetch(self) -> SampledBatch:
         return self.batch
+
+
+class Announced:
+    """A sender that keeps nothing, and writes down what it is given once a version is announced."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.rank = folder, -1
+
+    def open(self, *, rank: int, address: tuple[str, int]) -> None:
+        self.rank = rank
+
+    def put(self, payload: memoryview) -> None:
+        pass
+
+    def send(self, buckets: Buckets, specs: Sequence[BucketSpec]) -> None:
+        if self.rank == 0:
+            for bucket, spec in zip(buckets, specs, strict=True):
+                assert bucket is not None
+                assert bucket[0] == spec
+                verify_bucket(bucket[1], spec)
+            text = f"{len(specs)} buckets as announced"
+        else:
+            assert not specs
+            text = f"{sum(bucket is None for bucket in buckets)} gatherings"
+        (self.folder / f"sent-{self.rank}").write_text(text)
 
 
 @pytest.mark.engine
@@ -67,6 +94,13 @@ def test_two_ranks_train_publish_and_save_as_ray_actors(tmp_path):
         for payload, spec in zip(payloads, manifest.buckets, strict=True):
             assert payload.dtype == np.uint8
             verify_bucket(memoryview(payload), spec)
+
+        ray.get([rank.open.remote(Announced(tmp_path)) for rank in ranks])
+        (announced, kept), _ = ray.get([rank.publish.remote() for rank in ranks])
+        assert (announced.buckets, kept) == (manifest.buckets, [])
+        ray.get([rank.send.remote() for rank in ranks])
+        assert (tmp_path / "sent-0").read_text() == f"{len(manifest.buckets)} buckets as announced"
+        assert (tmp_path / "sent-1").read_text() == f"{len(manifest.buckets)} gatherings"
 
         ray.get([rank.save.remote(str(tmp_path / "checkpoints")) for rank in ranks])
         (tmp_path / "mine").mkdir()

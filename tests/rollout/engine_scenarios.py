@@ -29,7 +29,9 @@ PROMPT = [1, 2, 3, 4, 10, 4, 3, 2, 1, 11]
 
 
 async def start(directory: Path) -> RolloutEngine:
-    return await RolloutEngine.start(CONFIG, model_path=str(directory), on_gpu=False, trust_remote_code=False)
+    return await RolloutEngine.start(
+        CONFIG, model_path=str(directory), on_gpu=False, trust_remote_code=False, transport="object_store"
+    )
 
 
 def perturb(model: PreTrainedModel, file: Path) -> None:
@@ -51,7 +53,7 @@ async def parity(directory: Path, kind: str, tied: str) -> dict:
     for version in (1, 2):
         perturb(model, directory / "update.safetensors")
         async with engine.paused():
-            await engine.load([str(directory / "update.safetensors")], version=version)
+            await engine.load([{"path": str(directory / "update.safetensors")}], version=version)
         after = await engine.prompt_logprobs(PROMPT)
         gaps.append(float(np.abs(after - log_probs(model, PROMPT).numpy()).max()))
     engine.shutdown()
@@ -69,7 +71,7 @@ async def spans(directory: Path) -> dict:
         models[version] = make_model(directory, endless=True)
         models[version].load_state_dict(model.state_dict())
         async with engine.paused():
-            await engine.load([str(directory / "update.safetensors")], version=version)
+            await engine.load([{"path": str(directory / "update.safetensors")}], version=version)
     [completion] = await task
     sequence = PROMPT + completion.token_ids_T.tolist()
     gaps = []
@@ -117,7 +119,7 @@ async def crowd(directory: Path) -> dict:
     perturb(model, directory / "update.safetensors")
     await engine.generate(PROMPT, n=1, seed=99, temperature=1.0, max_tokens=10)  # the crowd is as far by then
     async with engine.paused():
-        await engine.load([str(directory / "update.safetensors")], version=1)
+        await engine.load([{"path": str(directory / "update.safetensors")}], version=1)
     completions = [completion for group in await asyncio.gather(*groups) for completion in group]
     refused = ""
     try:

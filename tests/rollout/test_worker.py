@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from r2vpo.records import NO_VERSION, Outcome
+from rollout.delivery import FileDelivery, WeightSyncFailed
 from rollout.generation import EngineFailed, request_seed
 from rollout.rewards import Verdict
-from rollout.sync import MAX_TRIES, WeightSyncFailed
 from rollout.tasks.base import TaskPrompt
 from rollout.worker import BusyClock
 from tests.rollout.worker_fakes import World, settle, until
@@ -373,9 +373,10 @@ async def test_weights_on_their_way_are_files_for_other_processes_that_vanish_by
     seen = []
     load = world.engine.load
 
-    async def look_and_load(paths, *, version):
+    async def look_and_load(updates, *, version):
+        paths = [update["path"] for update in updates]
         seen.extend((path, subprocess.run(["cat", path], capture_output=True).stdout) for path in paths)
-        await load(paths, version=version)
+        await load(updates, version=version)
 
     world.engine.load = look_and_load
     await world.start(version=5)
@@ -405,14 +406,14 @@ async def test_a_failing_canary_discards_the_groups_in_flight_and_loads_again(wo
 
 @pytest.mark.parametrize("gap", [0.5, float("nan")])
 async def test_a_canary_that_fails_every_time_ends_the_worker(world, gap):
-    world.engine.gaps = [0.0] + [gap] * MAX_TRIES
+    world.engine.gaps = [0.0] + [gap] * FileDelivery.max_tries
     world.engine.gate.clear()
     await world.start(1)
     await until(lambda: world.engine.requests)
     await world.weights.publish(1)
     with pytest.raises(WeightSyncFailed, match=r"rollout-0: after loading version 1 3 times.*allowed are 0\.0001"):
         await world.ended()
-    assert len(world.engine.loads) == 1 + MAX_TRIES
+    assert len(world.engine.loads) == 1 + FileDelivery.max_tries
     assert world.store.released == ["0.1"]
     assert world.store.groups == []
 

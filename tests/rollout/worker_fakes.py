@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -107,11 +107,11 @@ class FakeEngine:
         gap = self.gaps.pop(0) if self.gaps else 0.0
         return np.array(CANARY.logprobs, dtype=np.float32) + np.float32(gap)
 
-    async def load(self, paths: Sequence[str], *, version: int) -> None:
+    async def load(self, updates: Sequence[Mapping[str, Any]], *, version: int) -> None:
         assert self.is_paused, "weights must not change under a running engine"
         payloads = []
-        for path in paths:
-            with open(path, "rb") as file:
+        for update in updates:
+            with open(update["path"], "rb") as file:
                 payloads.append(file.read())
         self.loads.append((version, payloads))
         self.version = version

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from learner.packing import Bins, deal_to_ranks, level
 from r2vpo.algorithm.advantages import batch_advantages
-from r2vpo.algorithm.budget import signal_share
+from r2vpo.algorithm.budget import GroupSignal, unsolved_share
 from r2vpo.algorithm.minibatches import split_minibatches
 from r2vpo.algorithm.objectives import needs_proximal
 from r2vpo.algorithm.tokens import TokenBatch
@@ -64,8 +64,8 @@ class TrainingBatch:
     """``[minibatch][rank][micro-batch]``: indices into ``samples``."""
     proximal: list[Bins]
     """``[rank][micro-batch]``: the samples of each rank whose ``logp_prox`` must be computed."""
-    signal_share: float
-    """q of the batch; see `r2vpo.algorithm.budget.signal_share`."""
+    unsolved_share: float
+    """q of the batch; see `r2vpo.algorithm.budget.unsolved_share`."""
 
     def num_tokens(self, minibatch: int) -> int:
         """Trained tokens of a minibatch over all ranks."""
@@ -91,17 +91,19 @@ def collate(
     ``advantage`` is the mode of `batch_advantages`; ``exact_engine`` says that the behaviour log-probs of the current
     version are those of the learner to rounding, so that only trajectories with a stale token need ``logp_prox``.
     """
-    advantages = batch_advantages([sampled.group.rewards_G for sampled in batch.groups], mode=advantage)
+    rewards = [sampled.group.rewards_G for sampled in batch.groups]
+    advantages = batch_advantages(rewards, mode=advantage)
     samples: list[Sample] = []
     members: list[tuple[int, ...]] = []
-    known: list[tuple[bool, bool]] = []
+    known: list[GroupSignal] = []
     for groups in split_minibatches(batch, minibatches=minibatches, seed=seed):
         first = len(samples)
         for g in groups:
             of_group = _samples(batch, g, advantages[g], exact_engine=exact_engine)
             samples += of_group
             if of_group:
-                known.append((batch.groups[g].kind == Kind.FRESH, any(s.advantage != 0 for s in of_group)))
+                has_signal = any(s.advantage != 0 for s in of_group)
+                known.append(GroupSignal(batch.groups[g].kind == Kind.FRESH, has_signal, float(np.nanmean(rewards[g]))))
         members.append(tuple(range(first, len(samples))))
     train = tuple(_deal(samples, indices, ranks, micro_batch_tokens) for indices in members)
     return TrainingBatch(
@@ -109,7 +111,7 @@ def collate(
         minibatches=tuple(members),
         train=train,
         proximal=_deal_proximal(samples, train, ranks, micro_batch_tokens),
-        signal_share=signal_share(known),
+        unsolved_share=unsolved_share(known),
     )
 
 

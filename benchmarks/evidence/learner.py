@@ -18,7 +18,7 @@ from benchmarks.evidence.model import Decoder
 from benchmarks.evidence.pool import Groups
 from benchmarks.evidence.setting import Setting
 from r2vpo.algorithm.advantages import batch_advantages
-from r2vpo.algorithm.budget import Budget, signal_share
+from r2vpo.algorithm.budget import Budget, GroupSignal, unsolved_share
 from r2vpo.algorithm.m2po import m2po_mask
 from r2vpo.algorithm.minibatches import split_minibatches
 from r2vpo.algorithm.objectives import loss_denominator, objective, second_moment_sum
@@ -63,9 +63,8 @@ class Learner:
         prox_BnT = self._logp_prox(batch, step)
         second_moments, grad_norms, num_tokens = [], [], 0
         signal_B = (advantage_Bn != 0).any(1)
-        self._budget.begin(
-            signal_share=signal_share(zip((batch.born_B == step).tolist(), signal_B.tolist(), strict=True))
-        )
+        known = zip((batch.born_B == step).tolist(), signal_B.tolist(), batch.reward_Bn.mean(1).tolist(), strict=True)
+        self._budget.begin(unsolved_share=unsolved_share(GroupSignal(*of_group) for of_group in known))
         for rows in self._minibatches(batch, step) * self._setting.passes:
             second_moment, grad_norm = self._optimizer_step(batch.take(rows), advantage_Bn[rows], prox_BnT[rows])
             num_tokens += batch.answer_BnT[rows].numel()

@@ -6,7 +6,7 @@
 | step scale s | the mean of V | once per learner step | `step_control.py` |
 | end of the learner step | what the other two let through | as soon as V exceeds 2·δ̂ | here |
 
-δ̂ = δ·q² is the budget of a batch, where q is the share of its fresh groups that carry a signal (see `signal_share`).
+δ̂ = δ·q² is the budget of a batch, where q is the share of its fresh groups that are not solved (see `unsolved_share`).
 All three compare V with it, so that one number is all there is to choose.
 
 The first optimiser step of a learner step measures V before anything has moved: it says nothing, and no actuator looks
@@ -23,7 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import inf, isfinite
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.algorithm.dual import make_dual
@@ -32,29 +33,40 @@ from r2vpo.algorithm.step_control import make_step_control
 _TOO_FAR = 2.0
 
 
-def signal_share(groups: Iterable[tuple[bool, bool]]) -> float:
-    """q of a batch: 1 + its fresh groups with a signal, over 1 + its fresh groups; 0 if no group has a signal at all.
+class GroupSignal(NamedTuple):
+    """What the budget asks of a group that trains."""
 
-    ``groups`` says of each group that trains whether it is fresh, and whether it has a signal: advantages other than 0.
+    is_fresh: bool
+    has_signal: bool
+    """Whether its rewards differ: advantages other than 0."""
+    reward: float
+    """Mean over its trajectories with a verdict."""
 
-    A batch in which few groups have a signal (in all others the rewards are equal) has less to say, yet moves all
-    tokens, those of the silent groups by noise alone. Holding V at δ then means larger steps on less evidence, and near
-    saturation it destroys what was learned. Stale groups do not count: they are drawn for their signal, so a batch may
-    be full of it when all but a few of today's answers are right. The 1 keeps q above 0 while stale groups have a
-    signal and no fresh one has.
+
+def unsolved_share(groups: Iterable[GroupSignal]) -> float:
+    """q of a batch: 1 + its fresh groups that are not solved, over 1 + its fresh groups; 0 if no group has a signal.
+
+    A group is solved if its rewards are all equal, and not below the mean of the batch: nothing can be learned from it,
+    and something lost. Groups without a signal that are below the mean (all answers wrong) have nothing to lose.
+
+    Stale groups do not count: they are drawn for their signal, so a batch may be full of it when all but a few of
+    today's answers are right. The 1 keeps q above 0 while stale groups have a signal and every fresh one is solved.
     """
     known = list(groups)
-    fresh = [signal for is_fresh, signal in known if is_fresh]
-    return (1 + sum(fresh)) / (1 + len(fresh)) if any(signal for _, signal in known) else 0.0
+    if not any(group.has_signal for group in known):
+        return 0.0
+    mean = fmean(group.reward for group in known)
+    fresh = [group for group in known if group.is_fresh]
+    return (1 + sum(g.has_signal or g.reward < mean for g in fresh)) / (1 + len(fresh))
 
 
-def budget_share(signal_share: float) -> float:
+def budget_share(unsolved_share: float) -> float:
     """δ̂/δ = q².
 
-    What a step gains grows with its length √V times the signal in its direction, which grows with q; what it destroys
+    What a step gains grows with its length √V times the signal in its direction, which falls with q; what it destroys
     where all was well grows with its square, V. So the best length goes with q, and V with q².
     """
-    return signal_share**2
+    return unsolved_share**2
 
 
 class Budget:
@@ -77,9 +89,9 @@ class Budget:
         """The factor s of the learning rate."""
         return self.step_control.scale
 
-    def begin(self, *, signal_share: float) -> None:
-        """A learner step begins, on a batch with this `signal_share`."""
-        self._share, self._second_moments = budget_share(signal_share), []
+    def begin(self, *, unsolved_share: float) -> None:
+        """A learner step begins, on a batch with this `unsolved_share`."""
+        self._share, self._second_moments = budget_share(unsolved_share), []
 
     def observe(self, second_moment: float) -> bool:
         """An optimiser step was made whose minibatch measured V. Returns whether the learner step may go on."""

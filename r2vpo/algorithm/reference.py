@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from r2vpo.algorithm.advantages import batch_advantages
-from r2vpo.algorithm.budget import Budget, signal_share
+from r2vpo.algorithm.budget import Budget, GroupSignal, unsolved_share
 from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.algorithm.m2po import m2po_mask
 from r2vpo.algorithm.minibatches import split_minibatches
@@ -104,11 +104,11 @@ class ReferenceTrainer:
         ]
         trained = [samples for samples in minibatches if samples]
         known = (
-            (sampled.kind == Kind.FRESH, any(s.advantage != 0 for s in samples))
-            for sampled, samples in zip(batch.groups, groups, strict=True)
+            GroupSignal(sampled.kind == Kind.FRESH, any(s.advantage != 0 for s in samples), float(np.nanmean(reward_G)))
+            for sampled, samples, reward_G in zip(batch.groups, groups, rewards, strict=True)
             if samples
         )
-        self.budget.begin(signal_share=signal_share(known))
+        self.budget.begin(unsolved_share=unsolved_share(known))
         losses, second_moments, grad_norms = [], [], []
         for samples in trained * self._passes:
             loss, second_moment, grad_norm = self._optimizer_step(samples)

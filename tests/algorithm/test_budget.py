@@ -5,7 +5,7 @@ from math import exp, inf, nan
 
 import pytest
 
-from r2vpo.algorithm.budget import Budget, signal_share
+from r2vpo.algorithm.budget import Budget, GroupSignal, unsolved_share
 from r2vpo.algorithm.config import AlgorithmConfig
 
 DELTA = 0.01
@@ -15,19 +15,36 @@ def budget(**settings) -> Budget:
     return Budget(AlgorithmConfig(delta=DELTA, **settings))
 
 
-def test_the_signal_share_counts_fresh_groups_as_long_as_any_group_has_a_signal():
-    fresh, silent, stale = (True, True), (True, False), (False, True)
-    assert signal_share([fresh, fresh, silent]) == 3 / 4
-    assert signal_share([fresh, silent, silent, stale, stale]) == 2 / 4
-    assert signal_share([silent, silent, silent, stale]) == 1 / 4
-    assert signal_share([stale, stale]) == 1.0
-    assert signal_share([silent, silent, (False, False)]) == 0.0
-    assert signal_share([]) == 0.0
+def group(reward, *, signal=False, fresh=True):
+    return GroupSignal(is_fresh=fresh, has_signal=signal, reward=reward)
+
+
+def test_fresh_groups_whose_answers_are_all_right_are_solved():
+    mixed, right = group(0.5, signal=True), group(1.0)
+    assert unsolved_share([mixed, mixed, right]) == 3 / 4
+    assert unsolved_share([mixed, right, right, right]) == 2 / 5
+
+
+def test_groups_whose_answers_are_all_wrong_have_nothing_to_lose():
+    assert unsolved_share([group(0.0), group(0.0), group(0.125, signal=True)]) == 1.0
+    assert unsolved_share([group(0.0), group(1.0), group(0.5, signal=True)]) == 3 / 4
+
+
+def test_stale_groups_count_for_the_mean_alone():
+    stale = group(0.5, signal=True, fresh=False)
+    assert unsolved_share([group(1.0), group(1.0), group(1.0), stale]) == 1 / 4
+    assert unsolved_share([group(0.0), group(0.0), group(0.0), stale]) == 1.0
+    assert unsolved_share([stale, stale]) == 1.0
+
+
+def test_a_batch_without_any_signal_has_no_unsolved_share():
+    assert unsolved_share([group(1.0), group(0.0), group(0.0, fresh=False)]) == 0.0
+    assert unsolved_share([]) == 0.0
 
 
 def test_the_first_optimiser_step_moves_nothing_whatever_it_measured():
     b = budget()
-    b.begin(signal_share=1.0)
+    b.begin(unsolved_share=1.0)
     assert b.observe(1e6)
     b.end()
     assert (b.lam, b.scale) == (0.5, 1.0)
@@ -35,18 +52,18 @@ def test_the_first_optimiser_step_moves_nothing_whatever_it_measured():
 
 def test_lambda_rises_with_the_second_moment_of_later_steps():
     b = budget()
-    b.begin(signal_share=1.0)
+    b.begin(unsolved_share=1.0)
     b.observe(0.0)
     b.observe(2 * DELTA)
     # Vs = 0.9·δ + 0.1·2δ = 1.1·δ: λ = 0.5·exp(0.1·0.1)
     assert b.lam == pytest.approx(0.5 * exp(0.01))
 
 
-def test_all_actuators_compare_with_the_square_of_the_share_that_has_a_signal():
+def test_all_actuators_compare_with_the_square_of_the_unsolved_share():
     b = budget()
-    b.begin(signal_share=0.5)
+    b.begin(unsolved_share=0.5)
     b.observe(0.0)
-    # Half of the groups carry a signal: δ/4 is exactly the budget of this batch.
+    # Half of the groups are solved: δ/4 is exactly the budget of this batch.
     assert b.observe(DELTA / 4)
     assert b.lam == pytest.approx(0.5)
     assert not b.observe(2.01 * DELTA / 4)
@@ -58,14 +75,14 @@ def test_all_actuators_compare_with_the_square_of_the_share_that_has_a_signal():
 @pytest.mark.parametrize(("second_moment", "goes_on"), [(2 * DELTA, True), (2.001 * DELTA, False), (inf, True)])
 def test_a_learner_step_ends_above_twice_its_budget(second_moment, goes_on):
     b = budget()
-    b.begin(signal_share=1.0)
+    b.begin(unsolved_share=1.0)
     b.observe(0.0)
     assert b.observe(second_moment) is goes_on
 
 
 def test_a_batch_without_signal_has_no_budget_to_exceed_and_moves_no_actuator():
     b = budget()
-    b.begin(signal_share=0.0)
+    b.begin(unsolved_share=0.0)
     assert b.observe(0.0)
     assert b.observe(10.0)
     b.end()
@@ -77,14 +94,14 @@ def test_a_batch_without_signal_has_no_budget_to_exceed_and_moves_no_actuator():
 )
 def test_ending_early_goes_with_step_control_unless_asked_otherwise(settings):
     b = budget(**settings)
-    b.begin(signal_share=1.0)
+    b.begin(unsolved_share=1.0)
     b.observe(0.0)
     assert b.observe(1e9)
 
 
 def test_a_rival_may_have_it_too():
     b = budget(name="grpo", step_control=True)
-    b.begin(signal_share=1.0)
+    b.begin(unsolved_share=1.0)
     b.observe(0.0)
     assert not b.observe(1.0)
     assert b.lam == 0.0
@@ -93,14 +110,14 @@ def test_a_rival_may_have_it_too():
 def test_a_restored_budget_continues_exactly():
     b, restored = budget(), budget()
     for step in range(3):
-        b.begin(signal_share=0.5)
+        b.begin(unsolved_share=0.5)
         for v in (0.0, 0.002 * step, 0.004, nan):
             b.observe(v)
         b.end()
     restored.load_state_dict(json.loads(json.dumps(b.state_dict())))
     assert restored.state_dict() == b.state_dict()
     for x in (b, restored):
-        x.begin(signal_share=1.0)
+        x.begin(unsolved_share=1.0)
         x.observe(0.0)
         x.observe(0.013)
         x.end()
@@ -109,12 +126,12 @@ def test_a_restored_budget_continues_exactly():
 
 def test_each_learner_step_begins_anew():
     b = budget()
-    b.begin(signal_share=1.0)
+    b.begin(unsolved_share=1.0)
     b.observe(0.0)
     b.observe(100.0)
     b.end()
     scale = b.scale
-    b.begin(signal_share=1.0)
+    b.begin(unsolved_share=1.0)
     assert b.observe(100.0)  # the first of this step
     b.end()
     assert b.scale == scale

@@ -8,6 +8,8 @@ from typing import Any
 
 from r2vpo.checks import require
 
+POOL_FIELDS = ("workers", "num_cpus", "num_gpus", "tensor_parallel_size", "resources", "labels", "spot")
+"""What one of `RolloutConfig.pools` may set for itself."""
 EVAL_SET_FIELDS = ("path", "split", "prompt_field", "truth_field")
 """What one of `TaskConfig.eval_sets` may set for itself."""
 
@@ -158,6 +160,13 @@ class RolloutConfig:
     """GPUs that Ray reserves per worker; null is one per tensor-parallel rank where Ray has GPUs, else none."""
     resources: dict[str, float] = field(default_factory=dict)
     """Custom Ray resources that each worker reserves, such as `{rollout: 1}`: it runs only where they are declared."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Labels that a worker's Ray node must have, such as `{market: spot}`; `ray start --labels` declares them."""
+    spot: bool = False
+    """Workers live on machines that may be taken away: their deaths do not count towards `supervisor.max_restarts`."""
+    pools: dict[str, Any] = field(default_factory=dict)
+    """Workers that differ, by the name of their pool: mappings of `workers` and, where they differ from the settings
+    here, `num_cpus`, `num_gpus`, `tensor_parallel_size`, `resources`, `labels`, `spot`; `workers` here is their sum."""
     omp_threads: int = 1
     """CPU threads of an engine that runs on the CPU."""
     start_timeout_s: float = 600.0
@@ -199,3 +208,46 @@ class RolloutConfig:
                 f"rollout.max_tokens={self.max_tokens} leaves no room for a prompt in "
                 f"rollout.max_model_len={self.max_model_len}; lower max_tokens or raise max_model_len"
             )
+        for name in self.pools:
+            self._pool(name)
+        num_pooled = sum(pool.workers for pool in self.by_pool.values())
+        if num_pooled != self.workers:
+            raise ValueError(
+                f"rollout.workers={self.workers} is not the sum of rollout.pools, which have {num_pooled}; set workers "
+                f"to {num_pooled}"
+            )
+
+    @property
+    def by_pool(self) -> dict[str, RolloutConfig]:
+        """The settings of every pool's workers; without pools there is one, whose name is empty."""
+        return {name: self._pool(name) for name in self.pools} or {"": self}
+
+    @property
+    def engine_gpus(self) -> tuple[int, ...]:
+        """GPUs of every engine that the run starts with, pool by pool."""
+        return tuple(pool.tensor_parallel_size for pool in self.by_pool.values() for _ in range(pool.workers))
+
+    def _pool(self, name: str) -> RolloutConfig:
+        key, given = f"rollout.pools.{name}", self.pools[name]
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(f"{key}: a pool's name has letters, digits, `.`, `_` and `-` only")
+        if not isinstance(given, dict) or "workers" not in given or not set(given) <= set(POOL_FIELDS):
+            raise ValueError(
+                f"{key} must be a mapping of workers and any of {', '.join(POOL_FIELDS[1:])}, not {given!r}"
+            )
+        for field_name, types in (
+            ("workers", int),
+            ("num_cpus", (int, float)),
+            ("num_gpus", (int, float)),
+            ("tensor_parallel_size", int),
+            ("resources", dict),
+            ("labels", dict),
+            ("spot", bool),
+        ):
+            value = given.get(field_name)
+            if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and types is not bool)):
+                raise ValueError(f"{key}.{field_name}={value!r} is of another type than rollout.{field_name}")
+        try:
+            return replace(self, pools={}, autoscale=AutoscaleConfig(), **given)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None

@@ -68,7 +68,7 @@ def open_cluster(config: RunConfig, logs: Path) -> Cluster:
     """
     # An actor without GPUs keeps CUDA_VISIBLE_DEVICES as it finds it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    need_cpus = config.rollout.workers * config.rollout.num_cpus + config.learner.ranks * config.learner.num_cpus
+    need_cpus = config.reserved_cpus
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "r2vpo"}
     if config.ray.address is not None:
         _join(config.ray.address, common)
@@ -137,9 +137,12 @@ def _check_supply(config: RunConfig, need_cpus: float, home: Path | None) -> Clu
     cluster = Cluster(on_gpu=supply.get("GPU", 0) > 0, home=home, time_shares=time_shares)
     if config.fixed_fleet and not cluster.on_gpu:
         raise ConfigError(NO_GPU_TO_BROADCAST)
-    rollout = cluster.options(0, config.rollout.num_gpus, gpus_each=config.rollout.tensor_parallel_size)["num_gpus"]
+    rollout = sum(
+        pool.workers * cluster.options(0, pool.num_gpus, gpus_each=pool.tensor_parallel_size)["num_gpus"]
+        for pool in config.rollout.by_pool.values()
+    )
     learner = cluster.options(0, config.learner.num_gpus)["num_gpus"]
-    need_gpus = config.rollout.workers * rollout + config.learner.ranks * learner
+    need_gpus = rollout + config.learner.ranks * learner
     for name, need, key in (("CPU", need_cpus, "num_cpus"), ("GPU", need_gpus, "num_gpus")):
         if need > supply.get(name, 0):
             raise ConfigError(
@@ -160,7 +163,8 @@ def _check_supply(config: RunConfig, need_cpus: float, home: Path | None) -> Clu
 def custom_resources(config: RunConfig) -> dict[str, float]:
     """What all workers and ranks together ask of Ray's custom resources."""
     need: dict[str, float] = {}
-    for section, count in ((config.rollout, config.rollout.workers), (config.learner, config.learner.ranks)):
+    pools = [(pool, pool.workers) for pool in config.rollout.by_pool.values()]
+    for section, count in (*pools, (config.learner, config.learner.ranks)):
         for name, each in section.resources.items():
             need[name] = need.get(name, 0.0) + count * each
     return need

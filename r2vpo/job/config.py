@@ -196,7 +196,14 @@ class RunConfig:
             )
         if self.fixed_fleet:
             self._check_broadcast()
-        custom = {**self.rollout.resources, **self.learner.resources}
+        pools = self.rollout.by_pool.values()
+        custom = {name: 0.0 for section in (*pools, self.learner) for name in section.resources}
+        labels = {name: "" for pool in pools for name in pool.labels}
+        if labels and self.ray.address is None:
+            raise ValueError(
+                f"rollout.labels ask Ray for nodes with {', '.join(labels)}, and a private Ray has one node without "
+                "labels; remove them, or join the cluster that has them with ray.address"
+            )
         if custom and self.ray.address is None:
             raise ValueError(
                 f"rollout.resources and learner.resources ask Ray for {', '.join(custom)}, and a private Ray has only "
@@ -230,7 +237,9 @@ class RunConfig:
             )
 
     def _check_broadcast(self) -> None:
-        for section, each in (("rollout", self.rollout.num_gpus), ("learner", self.learner.num_gpus)):
+        pools = self.rollout.by_pool
+        sections = [(f"rollout.pools.{name}" if name else "rollout", pool.num_gpus) for name, pool in pools.items()]
+        for section, each in (*sections, ("learner", self.learner.num_gpus)):
             if each is not None and each < 1:
                 raise ValueError(
                     "learner.weight_transport=nccl broadcasts from GPU to GPU, and every worker and rank needs one of "
@@ -254,7 +263,8 @@ class RunConfig:
     @property
     def reserved_cpus(self) -> float:
         """CPUs that rollout workers and learner ranks reserve in Ray."""
-        return self.rollout.workers * self.rollout.num_cpus + self.learner.ranks * self.learner.num_cpus
+        workers = sum(pool.workers * pool.num_cpus for pool in self.rollout.by_pool.values())
+        return workers + self.learner.ranks * self.learner.num_cpus
 
     @property
     def num_fresh(self) -> int:

@@ -44,6 +44,7 @@ def add_scale_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``r2vpo scale``."""
     _add_shared(parser)
     parser.add_argument("--rollout", type=_workers, required=True, metavar="N", help="rollout workers there should be")
+    parser.add_argument("--pool", metavar="NAME", help="of this pool (rollout.pools); without it, of all together")
 
 
 def add_drain_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +69,8 @@ def add_stop_arguments(parser: argparse.ArgumentParser) -> None:
 def scale(arguments: argparse.Namespace) -> int:
     """``r2vpo scale``."""
     run = run_dir_of(arguments)
-    return say(arguments, tell(run, "scale", within_s=SOON_S, rollout=arguments.rollout))
+    pool = {"pool": arguments.pool} if arguments.pool is not None else {}
+    return say(arguments, tell(run, "scale", within_s=SOON_S, rollout=arguments.rollout, **pool))
 
 
 def drain(arguments: argparse.Namespace) -> int:

@@ -29,8 +29,9 @@ TOLERANCE_HALF = 5e-2
 class Worker:
     """A rollout worker and what was last heard of it."""
 
-    def __init__(self, name: str, component: Component) -> None:
+    def __init__(self, name: str, component: Component, *, pool: str = "") -> None:
         self.name = name
+        self.pool = pool
         self.component = component
         self.state, self.doing, self.since_s = STARTING, "waiting for a machine", time.time()
         self.is_up = False
@@ -102,6 +103,7 @@ class Worker:
             in_flight=heard.in_flight if heard else None,
             node=self.host,
             node_id=self.node_id,
+            pool=self.pool,
         )
 
     def close(self) -> None:
@@ -120,13 +122,12 @@ class Worker:
 class Launcher(Protocol):
     """Where rollout workers are made, and ended."""
 
-    @property
-    def arguments(self) -> Mapping[str, Any]:
+    def arguments(self, worker: Worker) -> Mapping[str, Any]:
         """What ``RolloutActor.start`` takes."""
         ...
 
-    def launch(self, name: str, *, without: frozenset[str]) -> Worker:
-        """A new actor, on none of the nodes ``without``; it may wait long for its place."""
+    def launch(self, name: str, *, pool: str, without: frozenset[str]) -> Worker:
+        """A new actor of a pool, on none of the nodes ``without``; it may wait long for its place."""
         ...
 
     async def find(self, worker: Worker) -> None:
@@ -147,16 +148,18 @@ class RayLauncher:
         environment = engine_environment(config.rollout, on_gpu=cluster.on_gpu)
         if cluster.home is not None:
             environment["VLLM_RPC_BASE_PATH"] = str(cluster.home)  # the sockets of a killed engine go with the folder
-        options = cluster.options(
-            config.rollout.num_cpus,
-            config.rollout.num_gpus,
-            gpus_each=config.rollout.tensor_parallel_size,
-            resources=config.rollout.resources,
-        )
-        self._options = {**options, "runtime_env": {"env_vars": environment}}
+        self._pools = config.rollout.by_pool
+        self._options = {
+            name: {
+                **cluster.options(
+                    pool.num_cpus, pool.num_gpus, gpus_each=pool.tensor_parallel_size, resources=pool.resources
+                ),
+                "runtime_env": {"env_vars": environment},
+            }
+            for name, pool in self._pools.items()
+        }
         self._logs = logs
-        self.arguments: Mapping[str, Any] = {
-            "config": config.rollout,
+        self._arguments: Mapping[str, Any] = {
             "task": config.task,
             "seed": config.seed,
             "model_path": model_path,
@@ -170,15 +173,21 @@ class RayLauncher:
             "silent_s": config.supervisor.silent_s,
             "transport": config.learner.weight_transport,
         }
-        """See ``Launcher.arguments``."""
         self._families = Families()
 
-    def launch(self, name: str, *, without: frozenset[str]) -> Worker:
+    def arguments(self, worker: Worker) -> Mapping[str, Any]:
+        """See ``Launcher.arguments``."""
+        return {**self._arguments, "config": self._pools[worker.pool]}
+
+    def launch(self, name: str, *, pool: str, without: frozenset[str]) -> Worker:
         """See ``Launcher.launch``."""
-        elsewhere = {"label_selector": {"ray.io/node-id": f"!in({','.join(sorted(without))})"}} if without else {}
+        labels = dict(self._pools[pool].labels)
+        if without:
+            labels["ray.io/node-id"] = f"!in({','.join(sorted(without))})"
         log = self._logs / f"{name}.log"
-        actor = RolloutActor.options(**self._options, **elsewhere).remote(name, log_path=str(log))
-        return Worker(name, Component(name=name, actor=actor, log=log))
+        where = {"label_selector": labels} if labels else {}
+        actor = RolloutActor.options(**self._options[pool], **where).remote(name, log_path=str(log))
+        return Worker(name, Component(name=name, actor=actor, log=log), pool=pool)
 
     async def find(self, worker: Worker) -> None:
         """See ``Launcher.find``."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import NoReturn
 
@@ -51,6 +51,7 @@ class Place:
 
     def __init__(self, number: int, worker: Worker) -> None:
         self.number = number
+        self.pool = worker.pool
         self.worker = worker
         self.task: asyncio.Task[None] | None = None
         self.has_served = False
@@ -69,7 +70,7 @@ class Fleet:
         self,
         launcher: Launcher,
         *,
-        workers: int,
+        workers: Mapping[str, int],
         replay: Component,
         restarts: Restarts,
         note: Callable[[str], None],
@@ -77,16 +78,18 @@ class Fleet:
         start_timeout_s: float,
         silent_s: float,
         fixed: str = "",
+        spot: Collection[str] = (),
     ) -> None:
-        """``workers`` of them at first. ``note`` takes sentences for a person.
+        """``workers`` of every pool at first. ``note`` takes sentences for a person.
 
-        ``fixed`` says why none may come, go or be replaced; "" if they may.
+        The deaths of workers of the pools ``spot`` are expected. ``fixed`` says why none may come, go or be replaced;
+        "" if they may.
         """
         self._launcher, self._replay, self._restarts, self._note = launcher, replay, restarts, note
         self._eval_prompts, self._start_timeout_s, self._silent_s = eval_prompts, start_timeout_s, silent_s
         self._fixed = fixed
-        self.target = workers
-        """Workers that the run should have."""
+        self._spot = spot
+        self._targets = dict(workers)
         self._num_launched = self._num_places = 0
         self._closed_nodes: set[str] = set()
         self._places: list[Place] = []
@@ -96,7 +99,7 @@ class Fleet:
 
     async def start(self) -> None:
         """Start every engine; the first that fails, or is not up within ``rollout.start_timeout_s``, is named."""
-        self._places = [self._new_place() for _ in range(self.target)]
+        self._places = [self._new_place(pool) for pool, count in self._targets.items() for _ in range(count)]
         await together(*(self._start(place, within_s=self._start_timeout_s) for place in self._places))
         for place in self._places:
             place.worker.is_said_to_serve = True  # the first of all are not news
@@ -123,19 +126,32 @@ class Fleet:
         await asyncio.gather(*stops, return_exceptions=True)
 
     @property
+    def target(self) -> int:
+        """Workers that the run should have."""
+        return sum(self._targets.values())
+
+    @property
     def components(self) -> list[Component]:
         """Who fills the places, in their order."""
         return [place.worker.component for place in self._places]
 
     # What people ask for
 
-    def scale(self, workers: int) -> None:
-        """Have so many workers from now on; ``keep`` sees to it. ``ConfigError`` for fewer than one."""
-        if workers < 1:
+    def scale(self, workers: int, *, pool: str | None = None) -> None:
+        """Have so many workers from now on, in all or of one pool; ``keep`` sees to it.
+
+        In all, those who are missing come to the first pool, and those too many go from the last ones. ``ConfigError``
+        for fewer than one in all, and for a pool that is none.
+        """
+        if pool is not None and pool not in self._targets:
+            pools = ", ".join(filter(None, self._targets)) or "none: the run has no rollout.pools"
+            raise ConfigError(f"no pool is called {pool}; there are {pools}")
+        targets = {**self._targets, pool: workers} if pool is not None else _spread(self._targets, workers)
+        if sum(targets.values()) < 1:
             raise ConfigError(f"cannot scale to {workers} rollout workers: the learner would wait forever; at least 1")
         if self._fixed:
             raise ConfigError(f"cannot scale to {workers} rollout workers: {self._fixed}")
-        self.target = workers
+        self._targets = targets
         self._changed.set()
 
     def drain(self, name: str) -> str:
@@ -149,7 +165,7 @@ class Fleet:
         if named:
             if self.target == 1:
                 raise ConfigError(f"{name} is the only rollout worker: scale up first, or stop the run")
-            self.target -= 1
+            self._targets[named[0].pool] -= 1
             self._leave(named[0])
             return f"{name} finishes its groups and goes; {self.target} remain"
         there = [p for p in self._places if name in (p.worker.node_id, p.worker.host) and name]
@@ -226,7 +242,7 @@ class Fleet:
             try:
                 await self._launcher.find(worker)
                 worker.say("starting its engine")
-                await worker.component.ask("start", within_s=self._start_timeout_s, **self._launcher.arguments)
+                await worker.component.ask("start", within_s=self._start_timeout_s, **self._launcher.arguments(worker))
                 await self._launcher.find(worker)  # with the engine's processes
             except TimeoutError:
                 assert limit.expired()
@@ -277,18 +293,21 @@ class Fleet:
                 raise FailedForGood(f"{failure}; {self._fixed}")
             # A worker may fail by somebody else's end, such as that of the weight board.
             remedy = "replacing it" if str(failure).startswith(old.name) else f"replacing {old.name}"
+            is_expected = place.pool in self._spot and isinstance(failure, ComponentLost)
             try:
-                pause_s = self._restarts.begin(place.role, failure, role="rollout", remedy=remedy)
+                pause_s = self._restarts.begin(
+                    place.role, failure, role="rollout", remedy=remedy, is_expected=is_expected
+                )
             except FailedForGood as good:
                 if place.has_served or len(self._places) <= 1:
                     raise
-                self.target = max(self.target - 1, 1)
+                self._targets[place.pool] -= 1
                 self._note(f"{old.name}, which was added, does not start: {good}; the run goes on with {self.target}")
                 return True
         finally:
             await ended
         await asyncio.sleep(max(pause_s - (time.monotonic() - began_s), 0.0))
-        place.worker = self._launch()
+        place.worker = self._launch(place.pool)
         place.worker.last_error = str(failure)
         return False
 
@@ -304,11 +323,12 @@ class Fleet:
 
     def _reconcile(self) -> None:
         """As many places as wanted: new ones, or the newest go."""
-        staying = [place for place in self._places if not place.is_leaving]
-        for _ in range(self.target - len(staying)):
-            self._places.append(self._new_place())
-        for place in staying[self.target :]:
-            self._leave(place)
+        for pool, target in self._targets.items():
+            staying = [place for place in self._places if place.pool == pool and not place.is_leaving]
+            for _ in range(target - len(staying)):
+                self._places.append(self._new_place(pool))
+            for place in staying[target:]:
+                self._leave(place)
         for place in self._places:
             if place.task is None:
                 place.task = asyncio.create_task(self._tend(place))
@@ -332,12 +352,25 @@ class Fleet:
                     return place.worker
             await asyncio.sleep(HEARTBEAT_S / 4)
 
-    def _new_place(self) -> Place:
-        place = Place(self._num_places, self._launch())
+    def _new_place(self, pool: str) -> Place:
+        place = Place(self._num_places, self._launch(pool))
         self._num_places += 1
         return place
 
-    def _launch(self) -> Worker:
-        worker = self._launcher.launch(f"rollout-{self._num_launched}", without=frozenset(self._closed_nodes))
+    def _launch(self, pool: str) -> Worker:
+        name, closed = f"rollout-{self._num_launched}", frozenset(self._closed_nodes)
+        worker = self._launcher.launch(name, pool=pool, without=closed)
         self._num_launched += 1
         return worker
+
+
+def _spread(targets: Mapping[str, int], workers: int) -> dict[str, int]:
+    """The targets with ``workers`` in all: more in the first pool, or fewer in the last ones."""
+    spread, change = dict(targets), workers - sum(targets.values())
+    if change > 0:
+        spread[next(iter(spread))] += change
+    for pool in reversed(spread):
+        fewer = min(spread[pool], max(-change, 0))
+        spread[pool] -= fewer
+        change += fewer
+    return spread

@@ -97,9 +97,9 @@ class Learners:
         await together(*(self._watch(rank) for rank in self.ranks))
         raise AssertionError("ranks are watched until the run ends")
 
-    async def meet(self, workers: Sequence[Component], *, gpus_each: int) -> None:
-        """Publish by broadcasts to exactly these workers, with ``gpus_each`` GPUs, from now on."""
-        await self._all("open", NcclSender((gpus_each,) * len(workers), MeetingLink(tuple(workers))))
+    async def meet(self, workers: Sequence[Component], *, gpus_each: tuple[int, ...]) -> None:
+        """Publish by broadcasts to exactly these workers, with so many GPUs each, from now on."""
+        await self._all("open", NcclSender(gpus_each, MeetingLink(tuple(workers))))
 
     async def publish(self) -> None:
         """Hand out the current weights under the version that the board names.

@@ -11,6 +11,7 @@ from r2vpo.job.config import NO_GPU_TO_BROADCAST, RunConfig
 from r2vpo.job.plan_cluster import GIB
 from r2vpo.job.plan_facts import Plan, memory_of_learner
 from r2vpo.job.plan_host import SPILL_SHARE, VERSIONS_KEPT, gib
+from r2vpo.job.plan_place import WORKER
 
 GPU_SHARE = 0.95
 """Share of a GPU's memory that a learner rank may plan with: CUDA itself and fragments take the rest."""
@@ -123,7 +124,8 @@ def _shared_gpu(plan: Plan) -> Iterator[str]:
     """Where both take a fraction of a GPU, an engine and a learner rank fit into one together."""
     limit = plan.shape.gpu_memory_bytes
     parts = {kind.name: kind.gpus for kind in plan.actors}
-    worker, rank = parts["rollout worker"], parts["learner rank"]
+    worker = max(gpus for name, gpus in parts.items() if name.startswith(WORKER))
+    rank = parts["learner rank"]
     if limit is None or not (0 < worker < 1 and 0 < rank < 1 and worker + rank <= 1):
         return
     rollout = plan.config.rollout

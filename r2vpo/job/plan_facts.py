@@ -154,7 +154,7 @@ def memory_of_learner(config: RunConfig, model: ModelShape, batch: Batch, *, on_
 def memory_of_engine(config: RunConfig, model: ModelShape, shape: Shape, *, bucket_bytes: float) -> EngineMemory:
     """One engine; with ``kv_cache_gb=null`` on a GPU the cache takes what the weights leave of its share, at most."""
     rollout, on_gpu = config.rollout, shape.on_gpu
-    gpus = rollout.tensor_parallel_size if on_gpu else 1
+    gpus = min(pool.tensor_parallel_size for pool in rollout.by_pool.values()) if on_gpu else 1
     kv_bytes = None if rollout.kv_cache_gb is None else rollout.kv_cache_gb * GIB
     dtype = engine_dtype(config, model, on_gpu=on_gpu)
     engine = engine_memory(model, dtype=dtype, kv_cache_bytes=kv_bytes, bucket_bytes=bucket_bytes, gpus=gpus)

@@ -14,6 +14,7 @@ from math import ceil
 from r2vpo.job.config import RunConfig
 from r2vpo.job.plan_cluster import GIB, Machine
 from r2vpo.job.plan_memory import EngineMemory, LearnerMemory
+from r2vpo.job.plan_place import WORKER
 
 MIB = 1 << 20
 DRIVER_BYTES = 110 * MIB
@@ -69,7 +70,8 @@ def host(
     published_bytes: float,
 ) -> Host:
     """The machine with the actors ``placed`` on it; the driver runs on the ``first``."""
-    workers, ranks = placed.get("rollout worker", 0), placed.get("learner rank", 0)
+    workers = sum(count for name, count in placed.items() if name.startswith(WORKER))
+    ranks = placed.get("learner rank", 0)
     own = sum(STORE_BYTES[kind] * placed.get(kind, 0) for kind in STORE_BYTES)
     rewards = workers * config.task.reward_processes * REWARD_BYTES
     processes = RAY_BYTES + first * DRIVER_BYTES + own + workers * WORKER_BYTES + ranks * RANK_BYTES + rewards

@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 
 from r2vpo.job.config import RunConfig
 from r2vpo.job.plan_cluster import Shape
+from rollout.config import RolloutConfig
+
+WORKER = "rollout worker"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +40,20 @@ class Actors:
 
 def actors(config: RunConfig, *, on_gpu: bool) -> tuple[Actors, ...]:
     """Every actor of a run; workers and ranks take GPUs where there are any, as in `Cluster.options`."""
-    rollout, learner = config.rollout, config.learner
-    each = (rollout.tensor_parallel_size, 1) if on_gpu else (0, 0)
-    worker_gpus = each[0] if rollout.num_gpus is None else rollout.num_gpus
-    rank_gpus = each[1] if learner.num_gpus is None else learner.num_gpus
+    learner = config.learner
+    rank_gpus = (1 if on_gpu else 0) if learner.num_gpus is None else learner.num_gpus
     return (
-        Actors(name="rollout worker", count=rollout.workers, cpus=rollout.num_cpus, gpus=worker_gpus),
+        *(_workers(name, pool, on_gpu=on_gpu) for name, pool in config.rollout.by_pool.items()),
         Actors(name="learner rank", count=learner.ranks, cpus=learner.num_cpus, gpus=rank_gpus),
         Actors(name="replay shard", count=config.replay.shards, cpus=0, gpus=0),
         Actors(name="replay actor", count=1, cpus=0, gpus=0),
         Actors(name="weight board", count=1, cpus=0, gpus=0),
     )
+
+
+def _workers(pool: str, rollout: RolloutConfig, *, on_gpu: bool) -> Actors:
+    gpus = (rollout.tensor_parallel_size if on_gpu else 0) if rollout.num_gpus is None else rollout.num_gpus
+    return Actors(name=f"{WORKER} {pool}".rstrip(), count=rollout.workers, cpus=rollout.num_cpus, gpus=gpus)
 
 
 def place(wanted: Sequence[Actors], shape: Shape) -> list[dict[str, int]] | None:

@@ -101,7 +101,8 @@ class _Remote:
         """``r2vpo scale``, ``drain`` and ``checkpoint``."""
         self._must_be_alive()
         given, command = self._arguments, self._arguments.command
-        words = {"scale": lambda: ["--rollout", str(given.rollout)], "drain": lambda: [given.worker]}
+        pool = ["--pool", given.pool] if command == "scale" and given.pool is not None else []
+        words = {"scale": lambda: ["--rollout", str(given.rollout), *pool], "drain": lambda: [given.worker]}
         within_s = control_commands.CHECKPOINT_S if command == "checkpoint" else COMMAND_S
         more = words[command]() if command in words else []
         answer = self._command([command, self._path, *more, "--json"], within_s=within_s)

@@ -37,24 +37,28 @@ class Restarts:
         self._times_s[component] = recent_s
         return len(recent_s)
 
-    def begin(self, component: str, failure: JobFailed, *, role: str, remedy: str) -> float:
+    def begin(self, component: str, failure: JobFailed, *, role: str, remedy: str, is_expected: bool = False) -> float:
         """Say that ``component`` failed and what is done about it; returns the seconds to wait first.
 
-        ``FailedForGood`` if it has failed too often, or would fail in the same way again.
+        ``FailedForGood`` if it would fail in the same way again, or has failed too often; an expected failure does not
+        count.
         """
         self._errors.add(f"{component} failed", failure)
         if failure.is_final:
             raise failure
         number = self.count(component) + 1
         window = f"{self._config.window_s / 60:g} min"
-        if number > self._config.max_restarts:
+        if number > self._config.max_restarts and not is_expected:
             raise FailedForGood(
                 f"{component} failed {number} times within {window}, at last so: {failure}"
             ) from failure
-        self._times_s[component].append(self._clock())
         self.totals[role] += 1
         # Where to read on about a death is not worth a line: there is nothing to read.
         what = str(failure).partition(":")[0] if isinstance(failure, ComponentDied) else str(failure)
+        if is_expected:
+            self._note(f"{what}; {remedy}: machines of its pool come and go")
+            return self._config.backoff_s
+        self._times_s[component].append(self._clock())
         self._note(f"{what}; {remedy} ({number} of {self._config.max_restarts} within {window})")
         return self._config.backoff_s * 2 ** (number - 1)
 

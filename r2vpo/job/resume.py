@@ -71,7 +71,8 @@ FREE = frozenset({"name", "run_dir"}) | frozenset(
         "task": "eval_sets eval_every reward_deadline_s reward_memory_mb reward_processes",
         "rollout": (
             "workers autoscale.min autoscale.max groups_in_flight kv_cache_gb gpu_memory_utilization "
-            "tensor_parallel_size enforce_eager prefix_caching num_cpus num_gpus resources omp_threads start_timeout_s"
+            "tensor_parallel_size enforce_eager prefix_caching num_cpus num_gpus resources labels spot pools "
+            "omp_threads start_timeout_s"
         ),
         "replay": "evict_after_lag capacity_groups capacity_gb lease_s",
         "learner": (

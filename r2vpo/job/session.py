@@ -94,9 +94,10 @@ class Session:
         launcher = RayLauncher(
             config, cluster, model_path=self._model_path, replay=replay, board=self._board, logs=run.logs.resolve()
         )
+        pools = config.rollout.by_pool
         self._fleet = Fleet(
             launcher,
-            workers=config.rollout.workers,
+            workers={name: pool.workers for name, pool in pools.items()},
             replay=self._store.replay,
             restarts=record.restarts,
             note=record.note,
@@ -104,6 +105,7 @@ class Session:
             start_timeout_s=config.rollout.start_timeout_s,
             silent_s=config.supervisor.silent_s,
             fixed=config.fixed_fleet,
+            spot=[name for name, pool in pools.items() if pool.spot],
         )
         self._autoscaler = Autoscaler(config.rollout.autoscale)
         self.has_served = False
@@ -169,7 +171,7 @@ class Session:
         await together(self._start_learners(checkpoint), self._fleet.start())
         if config.fixed_fleet:
             self._record.phase("learner and workers meet for broadcasts")
-            await self._learners.meet(self._fleet.components, gpus_each=config.rollout.tensor_parallel_size)
+            await self._learners.meet(self._fleet.components, gpus_each=config.rollout.engine_gpus)
 
     def _make_learners(self) -> Learners:
         return Learners(
@@ -338,8 +340,10 @@ class Session:
         match command:
             case "scale":
                 before = self._fleet.target
-                self._fleet.scale(arguments["rollout"])
-                self._record.note(f"scaling from {before} to {self._fleet.target} rollout workers, as asked")
+                pool = arguments.get("pool")
+                self._fleet.scale(arguments["rollout"], pool=pool)
+                where = f", {arguments['rollout']} of them in pool {pool}" if pool else ""
+                self._record.note(f"scaling from {before} to {self._fleet.target} rollout workers{where}, as asked")
                 return {"before": before, "after": self._fleet.target}
             case "drain":
                 sentence = self._fleet.drain(arguments["worker"])

@@ -48,6 +48,8 @@ class ComponentStatus:
     """Host that it lives on."""
     node_id: str = ""
     """Ray's name of that machine."""
+    pool: str = ""
+    """Of a rollout worker: its pool; empty where there are none."""
 
     def __post_init__(self) -> None:
         assert self.role in ROLES, self.role

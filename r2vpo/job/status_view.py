@@ -151,7 +151,9 @@ def _component_lines(components: tuple[ComponentStatus, ...], *, now_s: float, w
 
     yield from table(
         [
-            Column(head="component", cells=[c.name for c in components], style=ACCENT),
+            Column(
+                head="component", cells=[f"{c.name} ({c.pool})" if c.pool else c.name for c in components], style=ACCENT
+            ),
             Column(head="state", cells=[c.state for c in components], styles=COMPONENT_STYLES),
             Column(head="since", cells=[_age(c.since_s, now_s) for c in components], right=True),
             Column(head="weights", cells=[optional(c.version) for c in components], right=True, keep=4),

@@ -29,7 +29,7 @@ HEALTH = {
     "RAY_health_check_failure_threshold": "4",
 }
 """Ray gives a silent node up after about ten seconds."""
-CLOSED = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def until(holds: Callable[[], object], what: str) -> None:
@@ -56,7 +56,7 @@ class RayNode:
         command += [f"--object-store-memory={OBJECT_STORE}", *argv]
         self.process = subprocess.Popen(
             command,
-            env=dict(os.environ) | HEALTH | CLOSED,
+            env=dict(os.environ) | HEALTH | QUIET,
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -144,7 +144,7 @@ class Nodes:
         command = [sys.executable, "-m", "ray.scripts.scripts", "status", f"--address={self.address}"]
 
         def alive() -> int:
-            told = subprocess.run(command, env=dict(os.environ) | CLOSED, capture_output=True, text=True, check=False)
+            told = subprocess.run(command, env=dict(os.environ) | QUIET, capture_output=True, text=True, check=False)
             active = told.stdout.partition("Active:")[2].partition("Pending:")[0]
             return active.count(" node_")
 

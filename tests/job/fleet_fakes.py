@@ -88,8 +88,6 @@ class FakeStore:
 class FakeLauncher:
     """Makes workers; ``prepare`` is given each before it is started."""
 
-    arguments: dict[str, Any] = {}  # noqa: RUF012 - never written
-
     def __init__(self) -> None:
         self.made: dict[str, FakeWorker] = {}
         self.actors: dict[str, Served] = {}
@@ -97,11 +95,14 @@ class FakeLauncher:
         self.ended: list[str] = []
         self.prepare: Callable[[FakeWorker], None] = lambda worker: None
 
-    def launch(self, name: str, *, without: frozenset[str]) -> Worker:
+    def arguments(self, worker: Worker) -> dict[str, Any]:
+        return {}
+
+    def launch(self, name: str, *, pool: str, without: frozenset[str]) -> Worker:
         self.made[name], self.excluded[name] = FakeWorker(name), without
         self.prepare(self.made[name])
         self.actors[name] = Served(self.made[name])
-        return Worker(name, Component(name=name, actor=self.actors[name]))
+        return Worker(name, Component(name=name, actor=self.actors[name]), pool=pool)
 
     async def find(self, worker: Worker) -> None:
         await worker.component.ask("__ray_ready__")
@@ -115,13 +116,22 @@ class Yard:
     """A fleet with its fakes."""
 
     def __init__(
-        self, folder: Path, *, workers: int = 2, max_restarts: int = 2, silent_s: float = 5.0, fixed: str = ""
+        self,
+        folder: Path,
+        *,
+        workers: int = 2,
+        max_restarts: int = 2,
+        silent_s: float = 5.0,
+        fixed: str = "",
+        pools: dict[str, int] | None = None,
+        spot: tuple[str, ...] = (),
     ) -> None:
+        """``pools``: workers of each; without them all are alike."""
         self.launcher, self.store, self.notes = FakeLauncher(), FakeStore(), []
         self.now_s = 0.0
         self.fleet = Fleet(
             self.launcher,
-            workers=workers,
+            workers=pools or {"": workers},
             replay=Component(name="replay store", actor=Served(self.store)),
             restarts=Restarts(
                 SupervisorConfig(backoff_s=0.0, max_restarts=max_restarts),
@@ -134,6 +144,7 @@ class Yard:
             start_timeout_s=5.0,
             silent_s=silent_s,
             fixed=fixed,
+            spot=spot,
         )
 
     async def start(self) -> asyncio.Task[Any]:

@@ -189,3 +189,48 @@ async def test_a_fleet_that_must_stay_as_it_is_refuses_every_change_and_says_why
     with pytest.raises(FailedForGood, match=r"engine died; .*; weights are broadcast: use resume"):
         await keeping
     assert list(yard.launcher.made) == ["rollout-0", "rollout-1"]
+
+
+async def test_pools_are_scaled_on_their_own_or_from_the_first_to_the_last(tmp_path):
+    yard = Yard(tmp_path, pools={"own": 1, "rented": 2})
+    keeping = await yard.start()
+
+    def by_pool() -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for worker in yard.fleet.status():
+            names.setdefault(worker.pool, []).append(worker.name)
+        return names
+
+    assert by_pool() == {"own": ["rollout-0"], "rented": ["rollout-1", "rollout-2"]}
+    yard.fleet.scale(3, pool="rented")
+    await yard.until_serving(4)
+    assert by_pool()["rented"] == ["rollout-1", "rollout-2", "rollout-3"]
+    yard.fleet.scale(5)  # one more than there are: in the first pool
+    await yard.until_serving(5)
+    assert by_pool()["own"] == ["rollout-0", "rollout-4"]
+    yard.fleet.scale(1)  # four fewer: three rented ones, then one of the first pool
+    await yard.until_serving(1)
+    assert by_pool() == {"own": ["rollout-0"]}
+    with pytest.raises(ConfigError, match="cannot scale to 0 rollout workers"):
+        yard.fleet.scale(0, pool="own")
+    await cancelled(keeping)
+
+
+async def test_a_pool_that_is_none_is_refused_with_those_there_are(tmp_path):
+    yard = Yard(tmp_path, pools={"own": 1, "rented": 1})
+    with pytest.raises(ConfigError, match="no pool is called spot; there are own, rented"):
+        yard.fleet.scale(3, pool="spot")
+    with pytest.raises(ConfigError, match=r"no pool is called spot; there are none: the run has no rollout\.pools"):
+        Yard(tmp_path).fleet.scale(3, pool="spot")
+
+
+async def test_workers_on_machines_that_come_and_go_die_as_often_as_they_like(tmp_path):
+    yard = Yard(tmp_path, pools={"own": 1, "rented": 1}, spot=("rented",), max_restarts=1)
+    keeping = await yard.start()
+    for dead in ("rollout-1", "rollout-2", "rollout-3"):
+        yard.launcher.actors[dead].die()
+        await until(lambda dead=dead: dead not in yard.serving() and len(yard.serving()) == 2)
+    assert yard.serving() == ["rollout-0", "rollout-4"]
+    assert [worker.pool for worker in yard.fleet.status()] == ["own", "rented"]
+    assert yard.notes[0] == "rollout-1 died; replacing it: machines of its pool come and go"
+    await cancelled(keeping)

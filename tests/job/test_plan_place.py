@@ -91,3 +91,19 @@ def test_workers_take_a_gpu_per_tensor_parallel_rank_where_there_are_gpus():
     assert by_name["rollout worker"].all_gpus == 8
     assert by_name["learner rank"].all_gpus == 1
     assert sum(kind.all_gpus for kind in actors(config, on_gpu=False)) == 0
+
+
+def test_every_pool_asks_for_what_is_its_own():
+    config = RunConfig(
+        model=ModelConfig(path="m"),
+        rollout=RolloutConfig(
+            workers=5,
+            num_cpus=2,
+            pools={"large": {"workers": 1, "tensor_parallel_size": 4}, "small": {"workers": 4, "num_cpus": 1}},
+        ),
+    )
+    large, small, *_ = actors(config, on_gpu=True)
+    assert (large.name, large.count, large.gpus, large.cpus) == ("rollout worker large", 1, 4, 2)
+    assert (small.name, small.count, small.gpus, small.cpus) == ("rollout worker small", 4, 1, 1)
+    assert config.reserved_cpus == 1 * 2 + 4 * 1 + 1  # and a learner rank
+    assert config.rollout.engine_gpus == (4, 1, 1, 1, 1)

@@ -131,6 +131,17 @@ def test_values_arrive_as_written(load, yaml_text, override, key, value):
             ("task.eval_every=3", "learner.sync_every=2"),
             ["task.eval_every=3 is no multiple of learner.sync_every=2"],
         ),
+        ("", ("rollout.pools={a: {workers: 2}}",), ["rollout.workers=1 is not the sum of rollout.pools, which have 2"]),
+        (
+            "",
+            ("rollout.pools={a: {num_gpus: 1}}",),
+            ["rollout.pools.a must be a mapping of workers and any of num_cpus"],
+        ),
+        ("", ("rollout.pools={a: {workers: 1, spots: true}}",), ["rollout.pools.a must be a mapping", "'spots': True"]),
+        ("", ("rollout.pools={a: {workers: 1, spot: 1}}",), ["rollout.pools.a.spot=1 is of another type"]),
+        ("", ("rollout.pools={a: {workers: 0}}",), ["rollout.pools.a: rollout.workers=0 must be at least 1"]),
+        ("", ("rollout.pools={a b: {workers: 1}}",), ["rollout.pools.a b: a pool's name has letters"]),
+        ("", ("rollout.labels={market: spot}",), ["rollout.labels ask Ray for nodes with market", "a private Ray"]),
         (
             "",
             ("learner.weight_transport=nccl", "rollout.num_gpus=0"),

@@ -16,13 +16,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.faults.watch import await_more_steps, await_that
-from benchmarks.table import REPOSITORY, Row, at_least, at_most, emit, reported
+from benchmarks.table import QUICK, REPOSITORY, Row, at_least, at_most, emit, reported
 from tests.faults.victims import Run
 
-STEPS = 30
+STEPS = 15 if QUICK else 30
 SETTINGS = (f"learner.steps={STEPS}", "learner.checkpoint_every=5", "task.eval_prompts=32")
 DISK_MB = 256
-FULL_S = 20.0
+FULL_S = 8.0 if QUICK else 20.0
 """How long the disk stays full (seconds)."""
 CHUNK = b"\0" * 2**16
 

@@ -21,7 +21,7 @@ from benchmarks.table import QUICK, Row, at_least, at_most, emit, reported
 from tests.faults.victims import Run
 
 STEPS = 27 if QUICK else 100
-KILLS = 3 if QUICK else 20
+KILLS = 2 if QUICK else 20
 SEEDS = 1 if QUICK else 3
 MOST_STEPS = 8
 """A kill comes after so many further learner steps at most, or before the first one."""

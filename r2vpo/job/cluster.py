@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from ray.exceptions import AuthenticationError
 
 from r2vpo.job.config import NO_GPU_TO_BROADCAST, ConfigError, RunConfig
 from r2vpo.job.ray_address import check_cluster
+from r2vpo.job.reaper import descendants
 
 MIB = 1 << 20
 OBJECT_STORE_MB = 512
@@ -29,6 +32,8 @@ OBJECT_STORE_MB = 512
 HOME_PREFIX = "r2vpo-ray-"
 SESSION_LOGS = Path("session_latest", "logs")
 """Where Ray puts its logs below its folder."""
+LEAVE_S = 15.0
+"""Longest time that leaving Ray may take (seconds): as a rule it is one or two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +105,28 @@ def _join(address: str, options: dict[str, Any]) -> None:
 
 def close_cluster(logs: Path, *, keep_logs: bool) -> None:
     """Leave Ray, and end a private one; its own logs stay below ``logs`` if that is wanted."""
-    ray.shutdown()
+    with _raylet_ends_within(LEAVE_S):
+        ray.shutdown()
     _remove_home(logs, keep_logs=keep_logs)
+
+
+@contextmanager
+def _raylet_ends_within(limit_s: float) -> Iterator[None]:
+    """Who leaves Ray waits for its raylet, and one that was stopped never answers: a private one is killed then."""
+    timer = threading.Timer(limit_s, _kill_raylet)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _kill_raylet() -> None:
+    for process in descendants(os.getpid()):
+        with suppress(OSError):  # it has ended
+            if Path(os.readlink(f"/proc/{process}/exe")).name == "raylet":
+                os.kill(process, signal.SIGKILL)
 
 
 def make_home(logs: Path) -> Path:

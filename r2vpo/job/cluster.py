@@ -81,15 +81,26 @@ def open_cluster(config: RunConfig, logs: Path) -> Cluster:
     home = make_home(logs)
     # CPUs of a private Ray are a book-keeping entry; Ray starts a process for each at once, so no more than are needed.
     cpus = config.ray.num_cpus or max(os.cpu_count() or 1, need_cpus)
-    ray.init(
-        address="local",
+    _start(
+        home,
         num_cpus=int(cpus + 0.999),
         object_store_memory=(config.ray.object_store_mb or OBJECT_STORE_MB) * MIB,
-        include_dashboard=False,
-        _temp_dir=str(home),
         **common,
     )
     return _check_supply(config, need_cpus, home)
+
+
+def _start(home: Path, **options: Any) -> None:
+    try:
+        ray.init(address="local", include_dashboard=False, _temp_dir=str(home), **options)
+    except Exception as error:
+        # What Ray says of processes that take longer than its 30 s has no type of its own.
+        if type(error) is not Exception:
+            raise
+        raise RuntimeError(
+            f"Ray does not start: {error} Is the machine overloaded? logs/ray in the run's folder says more; "
+            "a run that had begun goes on with --resume"
+        ) from error
 
 
 def _join(address: str, options: dict[str, Any]) -> None:

@@ -84,9 +84,10 @@ class Run:
         self.look()
 
     def look(self) -> None:
-        """See who is there now."""
-        driver = psutil.Process(self._process.pid)
-        self.family = [driver, *driver.children(recursive=True)]
+        """See who is there now; who was there last if the driver is gone."""
+        with suppress(psutil.NoSuchProcess):
+            driver = psutil.Process(self._process.pid)
+            self.family = [driver, *driver.children(recursive=True)]
 
     def titled(self, title: str) -> list[psutil.Process]:
         """Those of ``family`` that have this title."""

@@ -110,3 +110,22 @@ def test_custom_resources_are_asked_for_and_checked_against_the_cluster(monkeypa
         cluster._check_supply(config, 4, None)
     supply["rollout"] = 3.0
     assert not cluster._check_supply(config, 4, None).on_gpu
+
+
+def test_a_ray_that_does_not_come_up_in_time_is_one_sentence(logs, monkeypatch):
+    def late(**_):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(cluster.ray, "init", late)
+    config = RunConfig(model=ModelConfig(path="anything"))
+    with pytest.raises(RuntimeError, match=r"Ray does not start: The current node timed out.*goes on with --resume"):
+        cluster.open_cluster(config, logs)
+
+
+def test_what_else_is_wrong_with_the_start_of_ray_keeps_its_type(logs, monkeypatch):
+    def wrong(**_):
+        raise TypeError("no such option")
+
+    monkeypatch.setattr(cluster.ray, "init", wrong)
+    with pytest.raises(TypeError, match="no such option"):
+        cluster.open_cluster(RunConfig(model=ModelConfig(path="anything")), logs)

@@ -20,6 +20,7 @@ from benchmarks.faults.roles import ENGINE, KILL, ROLES, STOP, Drill
 from benchmarks.faults.watch import Late, await_more_steps, await_printed, await_that, status
 from learner.checkpoint import complete
 from replay.audit import Violation
+from replay.schema import CONSUMPTION_FILE
 from tests.faults.victims import Run
 
 MOST_STEPS = 160
@@ -78,6 +79,8 @@ class _DrilledRun:
             self._see_the_end()
         except (Late, AssertionError) as failure:
             say(str(failure))
+            if not result.outcomes:  # it has not even begun
+                result.outcomes.append(Outcome(drill=self._drills[0]))
             self._give_up()
         result.took_s = round(time.monotonic() - self._began_s, 1)
         return result
@@ -168,7 +171,8 @@ class _DrilledRun:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self._run.end()
-        self._count(self._run.audit().violations)
+        if (self._run.folder / "replay" / CONSUMPTION_FILE).exists():
+            self._count(self._run.audit().violations)
 
     def _count(self, violations: Sequence[Violation]) -> None:
         self._result.violations = dict(Counter(violation.rule for violation in violations))

@@ -40,7 +40,7 @@ def measure(drills: Sequence[Drill]) -> Iterator[DrilledRunResult]:
             with tempfile.TemporaryDirectory(prefix="r2vpo-bench-") as folder:
                 result = drilled(Path(folder), left)
             yield result
-            left = left[max(len(result.outcomes), 1) :]
+            left = left[len(result.outcomes) :]
             say(f"a run of {result.took_s:.0f} s with {len(result.outcomes)} drills is over, {len(left)} are left")
 
 

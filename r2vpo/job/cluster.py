@@ -13,7 +13,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import ray
 from ray.exceptions import AuthenticationError
 
+from r2vpo.job.component import ComponentLost
 from r2vpo.job.config import NO_GPU_TO_BROADCAST, ConfigError, RunConfig
 from r2vpo.job.ray_address import check_cluster
 from r2vpo.job.reaper import descendants
@@ -67,7 +68,8 @@ class Cluster:
 
 
 def open_cluster(config: RunConfig, logs: Path) -> Cluster:
-    """Start or join Ray. Raises ``ConfigError`` if the job's actors cannot be placed, naming need and supply.
+    """Start or join Ray. Raises ``ConfigError`` if the job's actors cannot be placed, naming need and supply;
+    ``ComponentLost`` if a private Ray does not come up.
 
     ``close_cluster`` must follow, also after an error.
     """
@@ -97,9 +99,9 @@ def _start(home: Path, **options: Any) -> None:
         # What Ray says of processes that take longer than its 30 s has no type of its own.
         if type(error) is not Exception:
             raise
-        raise RuntimeError(
-            f"Ray does not start: {error} Is the machine overloaded? logs/ray in the run's folder says more; "
-            "a run that had begun goes on with --resume"
+        _kill_below(lambda words: any(str(home) in word for word in words))
+        raise ComponentLost(
+            f"Ray does not start: {error} Is the machine overloaded? logs/ray in the run's folder may say more"
         ) from error
 
 
@@ -124,7 +126,7 @@ def close_cluster(logs: Path, *, keep_logs: bool) -> None:
 @contextmanager
 def _raylet_ends_within(limit_s: float) -> Iterator[None]:
     """Who leaves Ray waits for its raylet, and one that was stopped never answers: a private one is killed then."""
-    timer = threading.Timer(limit_s, _kill_raylet)
+    timer = threading.Timer(limit_s, _kill_below, (lambda words: Path(words[0]).name == "raylet",))
     timer.daemon = True
     timer.start()
     try:
@@ -133,10 +135,11 @@ def _raylet_ends_within(limit_s: float) -> Iterator[None]:
         timer.cancel()
 
 
-def _kill_raylet() -> None:
+def _kill_below(is_meant: Callable[[list[str]], bool]) -> None:
+    """SIGKILL to those of this process's descendants whose command line is meant."""
     for process in descendants(os.getpid()):
         with suppress(OSError):  # it has ended
-            if Path(os.readlink(f"/proc/{process}/exe")).name == "raylet":
+            if is_meant(Path(f"/proc/{process}/cmdline").read_text(errors="replace").split("\0")):
                 os.kill(process, signal.SIGKILL)
 
 

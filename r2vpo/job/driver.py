@@ -3,7 +3,7 @@
 A *session* is all processes of the job on one Ray (`session.py`), which cures most deaths by itself. What it cannot
 cure (the replay actor, the weight board) ends the session, and the next one begins at the newest checkpoint: what
 ``--resume`` does, without a person. What would fail again, or fails before everything has been up once, ends the run
-with one sentence.
+with one sentence; once it has been up, a session that does not even start is one more to be cured.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class Job:
         self._config, self._run, self._view = config, run, view
         self._record = RunRecord(config, run, view)
         self._stop = StopRequest()
+        self._has_served = False
+        """Whether every part has been up at once in any session."""
 
     async def run(self, *, resume: bool) -> int:
         """Start, train, leave everything in the run's folder, and end every process."""
@@ -74,15 +76,11 @@ class Job:
         """One session after the other until one comes to its end. Raises what the last one failed with."""
         record = self._record
         while True:
-            record.phase("Ray")
-            cluster = open_cluster(self._config, self._run.logs)
-            self._stop.take_over()
-            session = Session(self._config, cluster, self._run, record, self._stop, resume=resume)
             try:
-                await session.work(checkpoint)
+                await self._session(checkpoint, resume=resume)
                 return
             except (ComponentLost, RayError) as failure:
-                if not session.has_served or self._stop.is_set:
+                if not self._has_served or self._stop.is_set:
                     raise
                 loss = failure if isinstance(failure, ComponentLost) else ComponentLost(plain_message(failure))
             checkpoint, resume = newest(self._run.checkpoints), True
@@ -91,6 +89,16 @@ class Job:
             close_cluster(self._run.logs, keep_logs=False)
             record.go_back(step)
             await asyncio.sleep(pause_s)
+
+    async def _session(self, checkpoint: Path | None, *, resume: bool) -> None:
+        self._record.phase("Ray")
+        cluster = open_cluster(self._config, self._run.logs)
+        self._stop.take_over()
+        session = Session(self._config, cluster, self._run, self._record, self._stop, resume=resume)
+        try:
+            await session.work(checkpoint)
+        finally:
+            self._has_served |= session.has_served
 
 
 def _step(checkpoint: Path | None) -> int:

@@ -1,6 +1,9 @@
 """The files of a private Ray. Nothing here starts one."""
 
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 from learner.config import LearnerConfig
 from r2vpo.job import cluster
 from r2vpo.job.cluster import HOME_PREFIX, Cluster, close_cluster, make_home
+from r2vpo.job.component import ComponentLost
 from r2vpo.job.config import ConfigError, ModelConfig, RayConfig, RunConfig
 from rollout.config import RolloutConfig
 
@@ -112,14 +116,23 @@ def test_custom_resources_are_asked_for_and_checked_against_the_cluster(monkeypa
     assert not cluster._check_supply(config, 4, None).on_gpu
 
 
-def test_a_ray_that_does_not_come_up_in_time_is_one_sentence(logs, monkeypatch):
-    def late(**_):
+def test_a_ray_that_does_not_come_up_in_time_is_one_sentence_and_leaves_no_process(logs, monkeypatch):
+    left = []
+
+    def late(_temp_dir, **_):
+        wait = [sys.executable, "-c", "import time; time.sleep(1000)"]
+        left.extend(subprocess.Popen([*wait, *more]) for more in ([f"--temp-dir={_temp_dir}"], []))
         raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr(cluster.ray, "init", late)
     config = RunConfig(model=ModelConfig(path="anything"))
-    with pytest.raises(RuntimeError, match=r"Ray does not start: The current node timed out.*goes on with --resume"):
+    with pytest.raises(ComponentLost, match=r"Ray does not start: The current node timed out"):
         cluster.open_cluster(config, logs)
+    rays, other = left
+    assert rays.wait(10) == -signal.SIGKILL
+    assert other.poll() is None
+    other.kill()
+    other.wait()
 
 
 def test_what_else_is_wrong_with_the_start_of_ray_keeps_its_type(logs, monkeypatch):

@@ -31,7 +31,8 @@ class FakeSession:
 
 def open_fake(*_) -> None:
     if FakeSession.ends[0] is LATE:
-        raise FakeSession.ends.pop(0)
+        FakeSession.ends.pop(0)
+        raise LATE
 
 
 async def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *ends: Exception | None) -> int:

@@ -21,7 +21,8 @@ from tests.faults.victims import Run
 
 STEPS = 15 if QUICK else 30
 SETTINGS = (f"learner.steps={STEPS}", "learner.checkpoint_every=5", "task.eval_prompts=32")
-DISK_MB = 256
+DISK_MB = 1280
+"""A run asks for 1 GiB before it starts (MiB)."""
 FULL_S = 8.0 if QUICK else 20.0
 """How long the disk stays full (seconds)."""
 CHUNK = b"\0" * 2**16

@@ -66,6 +66,15 @@ class RayNode:
     def has_ended(self) -> bool:
         return self.process.poll() is not None
 
+    def await_start(self) -> None:
+        """Return once it has joined."""
+
+        def has_started() -> bool:
+            assert not self.has_ended, self.log.read_text()
+            return "Ray runtime started" in self.log.read_text()
+
+        until(has_started, "Ray node")
+
     def kill(self) -> None:
         """SIGKILL to every process of it at once: the machine is gone."""
         for process in self._family():
@@ -135,20 +144,7 @@ class Nodes:
     def head(self, **resources: float) -> RayNode:
         home = self._folder / "ray"
         options = (f"--port={self._port}", f"--temp-dir={home}", "--include-dashboard=false")
-        node = self._start("--head", *options, **resources)
-        self.await_nodes(1)
-        return node
-
-    def await_nodes(self, count: int) -> None:
-        """Return once so many have joined and live."""
-        command = [sys.executable, "-m", "ray.scripts.scripts", "status", f"--address={self.address}"]
-
-        def alive() -> int:
-            told = subprocess.run(command, env=dict(os.environ) | QUIET, capture_output=True, text=True, check=False)
-            active = told.stdout.partition("Active:")[2].partition("Pending:")[0]
-            return active.count(" node_")
-
-        until(lambda: alive() == count, f"{count} nodes")
+        return self._start("--head", *options, **resources)
 
     def join(self, *, island: Island | None = None, **resources: float) -> RayNode:
         return self._start(f"--address={self.address}", island=island, **resources)
@@ -165,6 +161,7 @@ class Nodes:
             inside=island.inside if island else (),
         )
         self.nodes.append(node)
+        node.await_start()  # nodes of one machine that start at once take each other's ports
         return node
 
 

@@ -75,7 +75,6 @@ def test_a_whole_node_is_killed_and_a_new_one_joins(tmp_path: Path, capsys):
         nodes.head(learner=1)
         nodes.join(learner=1)
         rollout = [nodes.join(rollout=1), nodes.join(rollout=1)]
-        nodes.await_nodes(4)
         run = start(tmp_path, nodes, "replay.shards=2", "learner.ranks=2", "learner.zero_stage=2")
         await_serving(run, 2)
         run.await_steps(5)
@@ -101,7 +100,6 @@ def test_a_node_is_cut_off_for_longer_than_the_heartbeat_and_comes_back(tmp_path
         with ray_nodes(island.shore) as nodes:
             nodes.head(learner=1, rollout=1)
             far = nodes.join(island=island, rollout=1)
-            nodes.await_nodes(2)
             run = start(tmp_path, nodes)
             await_serving(run, 2)
             run.await_steps(5)

@@ -9,6 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from learner.actor import BoardActor, LearnerActor
 from learner.checkpoint import SaveFailed
 from learner.errors import WeightsNotFinite
@@ -33,8 +36,12 @@ class LearnersLost(JobFailed):
 
 
 def make_board() -> Component:
-    """Where rollout workers find the weights; it outlives the learner groups."""
-    return Component(name="weight board", actor=BoardActor.remote())
+    """Where rollout workers find the weights; it outlives the learner groups.
+
+    It is beside the driver: a node that is lost takes workers along, and not the board, without which all begin again.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Component(name="weight board", actor=BoardActor.options(scheduling_strategy=here).remote())
 
 
 class Learners:

@@ -72,7 +72,7 @@ def _gradient_weights(path: Path) -> None:
 
 
 def _learning_curves(found: Results, path: Path) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(9, 3.4))
     for axis, task in zip(axes, TASKS, strict=True):
         for name in MAIN:
             for base, style in ((on_policy(found.scale, task), ":"), (with_replay(found.scale, task), "-")):
@@ -93,7 +93,7 @@ def _band(axis: Any, curves: Sequence[np.ndarray], name: str, style: str, *, lab
 
 
 def _rates(found: Results, path: Path) -> None:
-    seeds, replay = found.scale.side_seeds, with_replay(found.scale, TUNED_ON)
+    seeds, replay = found.scale.seeds, with_replay(found.scale, TUNED_ON)
     figure, axis = plt.subplots(figsize=(4.5, 3.2))
     for name, method in ((OURS, R2VPO), ("GRPO", GRPO)):
         _points(axis, RANGE, [found.of(replay, method, seeds, lr=lr) for lr in RANGE], name)

@@ -18,6 +18,7 @@ from benchmarks.evidence.statistics import GAIN, LAST, Interval, bootstrap, boot
 from benchmarks.evidence.studies import (
     MIDDLE_LR,
     RANGE,
+    REUSE,
     TASKS,
     TUNED_ON,
     Scale,
@@ -48,14 +49,16 @@ class Results:
         return [_failed_as_zero(self._by_id[s.id], s) for s in wanted if s.id in self._by_id]
 
     def best_lr(self, base: Setting, name: str) -> float:
-        """The learning rate of the grid with the best mean accuracy over the tuning runs, or the middle one."""
+        """The learning rate of the grid with the best mean accuracy over the tuning runs, or the middle one.
+
+        It is tuned on-policy and at one amount of reuse, and kept for the others.
+        """
         scores = {lr: self._tuning_score(base, METHODS[name], lr) for lr in self.scale.lrs}
         return max(scores, key=lambda lr: (scores[lr], lr == MIDDLE_LR, -lr))
 
     def main(self, base: Setting, name: str) -> list[Run]:
         """Runs of a method at its best learning rate, on the fresh seeds."""
-        seeds = self.scale.seeds_of(base.task) if name in MAIN else self.scale.side_seeds
-        return self.of(base, METHODS[name], seeds, lr=self.best_lr(base, name))
+        return self.of(base, METHODS[name], self.scale.seeds, lr=self.best_lr(base, name))
 
     def best_clip(self, base: Setting) -> str:
         """The clip with the highest score in the tuning runs."""
@@ -71,29 +74,35 @@ class Results:
         return float(start + GAIN * (np.mean([_last(run) for run in runs]) - start))
 
     def _tuning_score(self, base: Setting, method: Method, lr: float) -> float:
+        base = with_replay(self.scale, base.task) if base.reuse > 1 else base
         runs = self.of(base, method, self.scale.tuning_seeds, lr=lr)
         return float(np.mean([np.mean(run["curve"]["train_reward"]) for run in runs])) if runs else -1.0
 
 
 def figures(found: Results) -> Iterator[Row]:
     """The rows of the result file, except the cost."""
-    scale = found.scale
     for task in TASKS:
-        base, replay = on_policy(scale, task), with_replay(scale, task)
-        target, best, best_replay = found.target(task), found.best_clip(base), found.best_clip(replay)
-        ours = found.main(replay, OURS)
-        needed = partial(to_target, target=target)
-        yield from _ratio(f"{task}: rollouts to {target:.2f}, R²VPO + replay ÷ {best} on-policy", ours,
-                          found.main(base, best), needed, at_most, 0.35)  # fmt: skip
-        yield from _ratio(f"{task}: the same ÷ {best_replay} with the same replay", ours,
-                          found.main(replay, best_replay), needed, at_most, 0.75)  # fmt: skip
-        yield from _ratio(f"{task}: accuracy at equal rollouts, replay, ÷ {best_replay}", ours,
-                          found.main(replay, best_replay), accuracy, at_least, 1.10)  # fmt: skip
+        base, best = on_policy(found.scale, task), found.best_clip(on_policy(found.scale, task))
+        for reuse in (REUSE, *found.scale.reuses):
+            yield from _replay_rows(found, task, reuse)
         yield from _ratio(f"{task}: accuracy at equal rollouts, on-policy, ÷ {best}", found.main(base, OURS),
                           found.main(base, best), accuracy, at_least, 0.98)  # fmt: skip
     yield from _lag_rows(found)
     yield from _rate_rows(found)
     yield at_least("share of learner steps with mean V ≤ 2δ, R²VPO, main runs", _share_within(found), "share", 0.95)
+
+
+def _replay_rows(found: Results, task: str, reuse: int) -> Iterator[Row]:
+    """R²VPO with replay against the best clip on-policy, and against the best clip with the same replay."""
+    base, replay = on_policy(found.scale, task), with_replay(found.scale, task, reuse=reuse)
+    target, best, best_replay = found.target(task), found.best_clip(base), found.best_clip(replay)
+    ours, needed = found.main(replay, OURS), partial(to_target, target=target)
+    rival, title = found.main(replay, best_replay), f"{task}, × {reuse}"
+    yield from _ratio(f"{title}: rollouts to {target:.2f}, R²VPO + replay ÷ {best} on-policy", ours,
+                      found.main(base, best), needed, at_most, 0.35)  # fmt: skip
+    yield from _ratio(f"{title}: the same ÷ {best_replay} with the same replay", ours, rival, needed, at_most, 0.75)
+    yield from _ratio(f"{title}: accuracy at equal rollouts ÷ {best_replay} with the same replay", ours, rival,
+                      accuracy, at_least, 1.10)  # fmt: skip
 
 
 def accuracy(run: Run) -> float:
@@ -127,21 +136,23 @@ def _sections(found: Results) -> Iterator[tuple[str, str]]:
     )  # fmt: skip
     replay, target = with_replay(scale, TUNED_ON), found.target(TUNED_ON)
     yield "Nominal learning rate", _table(
-        [_line(f"{name}, lr {lr:g}", found.of(replay, method, side, lr=lr), target)
+        [_line(f"{name}, lr {lr:g}", found.of(replay, method, scale.seeds, lr=lr), target)
          for name, method in ((OURS, R2VPO), ("GRPO", GRPO)) for lr in RANGE]
     )  # fmt: skip
+    for task in scale.sparse:
+        sparse = with_replay(scale, task)
+        lines = [_line(name, found.of(sparse, method, side), nan) for name, method in MAIN.items()]
+        yield f"{task}, replay, {sparse.iterations} × 256 rollouts, lr {sparse.lr:g}", _table(lines)
     flipped = replace(replay, flip=0.1)
     yield (
         "10 % of the rewards turned over",
         _table([_line(name, found.of(flipped, method, side), target) for name, method in MAIN.items()]),
     )
-    by_reuse = [
-        (f"{name}, × {reuse}", with_replay(scale, TUNED_ON, reuse=reuse), method, found.best_lr(replay, name))
-        for name, method in reuse_methods().items()
-        for reuse in scale.reuses
-    ]
-    lines = [_line(name, found.of(base, method, side, lr=lr), target) for name, base, method, lr in by_reuse]
-    yield "Reuse", _table(lines)
+    for task in TASKS:
+        for reuse in scale.reuses:
+            base = with_replay(scale, task, reuse=reuse)
+            lines = [_line(name, found.main(base, name), found.target(task)) for name in reuse_methods()]
+            yield f"{task}, replay × {reuse}, {base.iterations} × 256 rollouts", _table(lines)
     yield (
         "Parts of R²VPO",
         _table([_line(name, found.of(replay, method, side), target) for name, method in scale.ablations.items()]),
@@ -225,8 +236,7 @@ def _rate_rows(found: Results) -> Iterator[Row]:
     replay = with_replay(found.scale, TUNED_ON)
     for name, method in ((OURS, R2VPO), ("GRPO", GRPO)):
         by_lr = [
-            bootstrap([accuracy(r) for r in found.of(replay, method, found.scale.side_seeds, lr=lr)]).value
-            for lr in RANGE
+            bootstrap([accuracy(r) for r in found.of(replay, method, found.scale.seeds, lr=lr)]).value for lr in RANGE
         ]
         worst = min(by_lr) / max(by_lr)
         title = f"accuracy over a 20-fold range of learning rates, worst ÷ best, {name}"

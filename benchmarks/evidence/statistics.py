@@ -32,7 +32,8 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        of = ",.0f" if self.high >= 1000 else ".3g"
+        return f"{self.value:{of}} [{self.low:{of}}, {self.high:{of}}]"
 
 
 def smoothed(curve: Sequence[float], window: int = WINDOW) -> np.ndarray:

@@ -5,6 +5,7 @@
 | on-policy, replay | rollouts to a target, accuracy at equal rollouts: each method at its best learning rate |
 | lag | accuracy when all samples are that many versions old |
 | rates | accuracy over a 20-fold range of nominal learning rates, untuned |
+| sparse | a task that begins with one right answer in thirty |
 | flips | accuracy with 10 % of the rewards turned over |
 | reuse | how much reuse each method can make something of |
 | parts, deltas | each part of R²VPO alone or changed; the budget over two orders of magnitude |
@@ -20,9 +21,8 @@ from benchmarks.evidence.methods import ABLATIONS, GRPO, MAIN, OTHERS, OURS, R2V
 from benchmarks.evidence.setting import Setting
 
 TUNED_ON, CHECKED_ON, SPARSE = "addition4", "sorting10", "addition8"
-TASKS = (TUNED_ON, CHECKED_ON, SPARSE)
-"""Of the main comparison: settings were chosen on the first, nothing on the second, and the third begins with one right
-answer in thirty."""
+TASKS = (TUNED_ON, CHECKED_ON)
+"""Of the main comparison: settings were chosen on the first, nothing on the second."""
 LRS = (1e-4, 3e-4, 1e-3)
 MIDDLE_LR = LRS[1]
 RANGE = (5e-5, 1.5e-4, 5e-4, 1e-3)
@@ -30,7 +30,8 @@ LAGS = (0, 1, 4, 16, 64, 256)
 DELTAS = (0.001, 0.005, 0.02, 0.05, 0.1)
 REUSE = 8
 """Learner steps that train on a group on average, and the largest age of a stale group (learner steps)."""
-REUSES = (2, 4, 8, 16)
+REUSES = (16,)
+"""More reuse than in the main comparison."""
 
 
 BestLr = Callable[[Setting, str], float]
@@ -45,9 +46,9 @@ class Scale:
     """The grid that each method chooses its learning rate from; one alone leaves nothing to choose."""
     tuning_seeds: Sequence[int] = (0,)
     seeds: Sequence[int] = (10, 11, 12, 13, 14)
-    """Of the main comparison."""
+    """Of the main comparison, and of the learning rates."""
     side_seeds: Sequence[int] = (10, 11, 12)
-    """Of everything else, the sparse task among it."""
+    """Of everything else."""
     on_policy_iterations: int = 100
     replay_iterations: int = 60
     lag_iterations: int = 120
@@ -57,10 +58,7 @@ class Scale:
     ablations: Mapping[str, Method] = field(default_factory=lambda: ABLATIONS)
     deltas: Sequence[float] = DELTAS
     sizes: Sequence[str] = ("0.4M",)
-
-    def seeds_of(self, task: str) -> Sequence[int]:
-        """Seeds of the main comparison on a task."""
-        return self.side_seeds if task == SPARSE else self.seeds
+    sparse: Sequence[str] = (SPARSE,)
 
 
 FULL = Scale()
@@ -78,6 +76,7 @@ QUICK = Scale(
     ablations={},
     deltas=(),
     sizes=(),
+    sparse=(),
 )
 """Every row of the result, on so few and short runs that the figures say little."""
 
@@ -115,7 +114,7 @@ def main_runs(scale: Scale, best_lr: BestLr) -> Iterator[Setting]:
     for task in TASKS:
         for base in (on_policy(scale, task), with_replay(scale, task)):
             for name, method in MAIN.items():
-                yield from at(base, method, scale.seeds_of(task), lr=best_lr(base, name))
+                yield from at(base, method, scale.seeds, lr=best_lr(base, name))
 
 
 def other_tuning_runs(scale: Scale) -> Iterator[Setting]:
@@ -137,12 +136,12 @@ def reuse_methods() -> Mapping[str, Method]:
 
 
 def reuse_runs(scale: Scale, best_lr: BestLr) -> Iterator[Setting]:
-    """More and less reuse than in the main comparison, at the learning rates that were chosen there."""
-    base = with_replay(scale, TUNED_ON)
-    for reuse in scale.reuses:
-        for name, method in reuse_methods().items():
-            again = with_replay(scale, TUNED_ON, reuse=reuse)
-            yield from at(again, method, scale.side_seeds, lr=best_lr(base, name))
+    """More reuse than in the main comparison, at the learning rates that were chosen there."""
+    for task in TASKS:
+        for reuse in scale.reuses:
+            again = with_replay(scale, task, reuse=reuse)
+            for name, method in reuse_methods().items():
+                yield from at(again, method, scale.seeds, lr=best_lr(with_replay(scale, task), name))
 
 
 def side_runs(scale: Scale) -> Iterator[Setting]:
@@ -150,12 +149,14 @@ def side_runs(scale: Scale) -> Iterator[Setting]:
     replay = with_replay(scale, TUNED_ON)
     for lr in RANGE:
         for method in (R2VPO, GRPO):
-            yield from at(replay, method, scale.side_seeds, lr=lr)
+            yield from at(replay, method, scale.seeds, lr=lr)
     for method in lag_methods().values():
         for lag in scale.lags:
             yield from at(lag_base(scale, lag), method, scale.side_seeds)
     for method in MAIN.values():
         yield from at(replace(replay, flip=0.1), method, scale.side_seeds)
+        for task in scale.sparse:
+            yield from at(with_replay(scale, task), method, scale.side_seeds)
     for method in scale.ablations.values():
         yield from at(replay, method, scale.side_seeds)
     for delta in scale.deltas:

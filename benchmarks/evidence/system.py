@@ -5,7 +5,7 @@
 
 R²VPO with replay, GRPO with the same replay and GRPO on-policy train the quickstart's model on its task. All make the
 same rollouts, 16 fresh groups of 8 in each of the same number of learner steps; with replay a batch has 48 stale groups
-besides. Each is run at every learning rate of the harness' grid on one seed, and reported at its best on others.
+besides. The learning rate is the same for all, and not tuned.
 
 Runs lie in ``build/evidence/system`` and are not made again; what the report needs of them is kept in
 ``docs/evidence/system.jsonl``.
@@ -29,7 +29,6 @@ import numpy as np
 
 from benchmarks.evidence.methods import OURS
 from benchmarks.evidence.statistics import GAIN, LAST, bootstrap, bootstrap_ratio, rollouts_to
-from benchmarks.evidence.studies import LRS, MIDDLE_LR
 from benchmarks.evidence.warmup import FOLDER
 from benchmarks.table import QUICK, REPOSITORY, Row, emit, reported
 
@@ -39,7 +38,8 @@ RUNS = FOLDER / ("system-quick" if QUICK else "system")
 FRESH, MEMBERS = 16, 8
 """Groups that a learner step trains on for the first time, and answers in each."""
 STEPS = 20 if QUICK else 60
-TUNING_SEED, SEEDS = 100, (0,) if QUICK else (0, 1, 2)
+SEEDS = (0,) if QUICK else (0, 1, 2)
+LR = 3e-4
 OF_A_BUCKET = ("second_moment", "ratio_second_moment", "ess", "weight_mean")
 """Diagnostics by lag that are kept: means over the bucket's tokens."""
 
@@ -59,13 +59,12 @@ class Job:
     """One run of the system."""
 
     method: str
-    lr: float
     seed: int
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"{list(METHODS).index(self.method)}-{self.lr:g}-{self.seed}"
+        return f"{list(METHODS).index(self.method)}-{self.seed}"
 
     def finished(self) -> bool:
         """Whether it ran to its end."""
@@ -76,7 +75,7 @@ class Job:
         """Run it, in place of whatever an earlier attempt left. ``CalledProcessError`` if it fails."""
         shutil.rmtree(RUNS / self.name, ignore_errors=True)
         RUNS.mkdir(parents=True, exist_ok=True)
-        settings = [f"run_dir={RUNS}", f"name={self.name}", f"seed={self.seed}", f"learner.lr={self.lr:g}"]
+        settings = [f"run_dir={RUNS}", f"name={self.name}", f"seed={self.seed}", f"learner.lr={LR:g}"]
         settings += [f"learner.steps={STEPS}", "learner.checkpoint_every=0", "tracking.wandb=off"]
         command = [sys.executable, "-m", "r2vpo", "train", str(RECIPE), *settings, *METHODS[self.method]]
         with (RUNS / f"{self.name}.log").open("w") as log:
@@ -89,7 +88,6 @@ class Job:
         summary = json.loads((folder / "summary.json").read_text())
         return {
             "method": self.method,
-            "lr": self.lr,
             "seed": self.seed,
             "accuracy": {when: summary["eval"][when]["accuracy"] for when in ("before", "after")},
             "reward": [round(step["train/reward_mean"], 4) for step in steps],
@@ -112,13 +110,8 @@ def _by_lag(steps: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]
 
 
 def run_all() -> None:
-    """Tuning runs first, then the reported ones at the best learning rate of each method."""
-    tuning = [] if QUICK else [Job(method=method, lr=lr, seed=TUNING_SEED) for method in METHODS for lr in LRS]
-    _run_missing(tuning)
-    _run_missing([Job(method=m, lr=best_lr(m, kept()), seed=s) for s in SEEDS for m in METHODS])
-
-
-def _run_missing(jobs: Sequence[Job]) -> None:
+    """What has not been run yet, all methods on one seed after the other."""
+    jobs = [Job(method=method, seed=seed) for seed in SEEDS for method in METHODS]
     missing = [job for job in jobs if not job.finished() and not _find(kept(), job)]
     for number, job in enumerate(missing, start=1):
         began_s = time.monotonic()
@@ -139,27 +132,19 @@ def _kept_file() -> Path:
 
 def _keep(results: Sequence[Run]) -> None:
     """Add results to those kept, in place of older ones of the same runs."""
-    by_job = {(run["method"], run["lr"], run["seed"]): run for run in [*kept(), *results]}
+    by_job = {(run["method"], run["seed"]): run for run in [*kept(), *results]}
     if by_job:
         lines = [json.dumps(by_job[key], ensure_ascii=False) for key in sorted(by_job)]
         _kept_file().write_text("\n".join(lines) + "\n")
 
 
 def _find(runs: Sequence[Run], job: Job) -> Run | None:
-    wanted = (job.method, job.lr, job.seed)
-    return next((run for run in runs if (run["method"], run["lr"], run["seed"]) == wanted), None)
-
-
-def best_lr(method: str, runs: Sequence[Run]) -> float:
-    """The learning rate with the highest mean reward in its tuning run; the middle one where there is none."""
-    tuned = {run["lr"]: np.mean(run["reward"]) for run in runs if (run["method"], run["seed"]) == (method, TUNING_SEED)}
-    return max(tuned, key=lambda lr: (tuned[lr], -lr)) if tuned else MIDDLE_LR
+    return next((run for run in runs if (run["method"], run["seed"]) == (job.method, job.seed)), None)
 
 
 def reported_runs(method: str, runs: Sequence[Run]) -> list[Run]:
     """The runs of a method that are reported, by seed."""
-    jobs = [Job(method=method, lr=best_lr(method, runs), seed=seed) for seed in SEEDS]
-    return [run for job in jobs if (run := _find(runs, job))]
+    return [run for seed in SEEDS if (run := _find(runs, Job(method=method, seed=seed)))]
 
 
 def target(runs: Sequence[Run]) -> float:
@@ -202,7 +187,7 @@ def tables(runs: Sequence[Run]) -> Iterator[tuple[str, list[str], list[list[str]
     for method in METHODS:
         if found := reported_runs(method, runs):
             lines.append([
-                f"{method} (lr {found[0]['lr']:g})",
+                method,
                 str(len(found)),
                 str(bootstrap([to_target(run, goal) for run in found])),
                 str(bootstrap([run["accuracy"]["after"] for run in found])),

@@ -52,7 +52,6 @@ def draw_all(found: Results, folder: Path) -> None:
     _rates(found, folder / "rates.svg")
     _lags(found, folder / "lags.svg")
     _actuators(found, folder / "actuators.svg")
-    _reuse(found, folder / "reuse.svg")
     _system(folder / "system.svg")
 
 
@@ -110,24 +109,6 @@ def _lags(found: Results, path: Path) -> None:
         _points(axis, [lag + 1 for lag in lags], runs, name)
     axis.set(xscale="log", xlabel="lag + 1 (versions)", title="all samples that old, no replay", ylim=(0, 1))
     axis.legend(frameon=False, fontsize=8)
-    _save(figure, path)
-
-
-def _reuse(found: Results, path: Path) -> None:
-    """Accuracy, and rollouts to the target, over the reuse."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    replay, target = with_replay(found.scale, TUNED_ON), found.target(TUNED_ON)
-    for name, method in reuse_methods().items():
-        lr, seeds = found.best_lr(replay, name), found.scale.side_seeds
-        bases = [with_replay(found.scale, TUNED_ON, reuse=reuse) for reuse in found.scale.reuses]
-        runs = [found.of(base, method, seeds, lr=lr) for base in bases]
-        _points(axes[0], found.scale.reuses, runs, name)
-        _points(axes[1], found.scale.reuses, runs, name, figure=lambda run: to_target(run, target) / 1000)
-    for axis, what in zip(axes, ("accuracy after 60 × 256 rollouts", "thousand rollouts to the target"), strict=True):
-        axis.set(xscale="log", xlabel="reuse, and largest age", ylabel=what, xticks=found.scale.reuses)
-        axis.set_xticks([], minor=True)
-        axis.set_xticklabels([f"× {reuse}" for reuse in found.scale.reuses])
-    axes[0].legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.evidence import system
 from benchmarks.evidence.methods import GRPO, MAIN, OURS, R2VPO
-from benchmarks.evidence.statistics import WINDOW, smoothed, to_target
+from benchmarks.evidence.statistics import WINDOW, smoothed
 from benchmarks.evidence.studies import (
     RANGE,
     TASKS,
@@ -22,7 +22,6 @@ from benchmarks.evidence.studies import (
     lag_base,
     lag_methods,
     on_policy,
-    reuse_methods,
     with_replay,
 )
 from r2vpo.algorithm.config import AlgorithmConfig

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from learner.packing import Bins, deal_to_ranks, level
 from r2vpo.algorithm.advantages import batch_advantages
-from r2vpo.algorithm.budget import GroupSignal, unsolved_share
+from r2vpo.algorithm.budget import GroupSignal, budget_share
 from r2vpo.algorithm.minibatches import split_minibatches
 from r2vpo.algorithm.objectives import needs_proximal
 from r2vpo.algorithm.tokens import TokenBatch
@@ -64,8 +64,8 @@ class TrainingBatch:
     """``[minibatch][rank][micro-batch]``: indices into ``samples``."""
     proximal: list[Bins]
     """``[rank][micro-batch]``: the samples of each rank whose ``logp_prox`` must be computed."""
-    unsolved_share: float
-    """q of the batch; see `r2vpo.algorithm.budget.unsolved_share`."""
+    budget_share: float
+    """Share of δ that the batch may spend; see `r2vpo.algorithm.budget.budget_share`."""
 
     def num_tokens(self, minibatch: int) -> int:
         """Trained tokens of a minibatch over all ranks."""
@@ -111,7 +111,7 @@ def collate(
         minibatches=tuple(members),
         train=train,
         proximal=_deal_proximal(samples, train, ranks, micro_batch_tokens),
-        unsolved_share=unsolved_share(known),
+        budget_share=budget_share(known),
     )
 
 

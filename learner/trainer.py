@@ -140,7 +140,7 @@ class LearnerTrainer:
             "learner/bad_steps": float(len(steps) - len(applied)),
             "learner/empty_minibatches": float(len(layout.minibatches) - len(trained)),
             "learner/optimizer_steps": float(len(applied)),
-            "control/unsolved_share": layout.unsolved_share,
+            "control/budget_share": layout.budget_share,
             "control/ended_early": float(len(steps) < len(trained) * self._config.passes),
             "time/collate_s": collated - started,
             "time/prox_s": prepared - collated,
@@ -291,7 +291,7 @@ class LearnerTrainer:
         steps: list[OptimizerStep] = []
         if self._config.lr == 0:
             return [self._optimizer_step(layout, m, logp_prox, diagnostics) for m in minibatches]
-        self.budget.begin(unsolved_share=layout.unsolved_share)
+        self.budget.begin(share=layout.budget_share)
         for m in minibatches:
             steps.append(self._optimizer_step(layout, m, logp_prox, diagnostics))
             if steps[-1].applied and not self.budget.observe(steps[-1].second_moment):

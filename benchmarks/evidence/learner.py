@@ -18,7 +18,7 @@ from benchmarks.evidence.model import Decoder
 from benchmarks.evidence.pool import Groups
 from benchmarks.evidence.setting import Setting
 from r2vpo.algorithm.advantages import batch_advantages
-from r2vpo.algorithm.budget import Budget, GroupSignal, unsolved_share
+from r2vpo.algorithm.budget import Budget, GroupSignal, budget_share
 from r2vpo.algorithm.m2po import m2po_mask
 from r2vpo.algorithm.minibatches import split_minibatches
 from r2vpo.algorithm.objectives import loss_denominator, objective, second_moment_sum
@@ -64,7 +64,7 @@ class Learner:
         second_moments, grad_norms, num_tokens = [], [], 0
         signal_B = (advantage_Bn != 0).any(1)
         known = zip((batch.born_B == step).tolist(), signal_B.tolist(), batch.reward_Bn.mean(1).tolist(), strict=True)
-        self._budget.begin(unsolved_share=unsolved_share(GroupSignal(*of_group) for of_group in known))
+        self._budget.begin(share=budget_share(GroupSignal(*of_group) for of_group in known))
         for rows in self._minibatches(batch, step) * self._setting.passes:
             second_moment, grad_norm = self._optimizer_step(batch.take(rows), advantage_Bn[rows], prox_BnT[rows])
             num_tokens += batch.answer_BnT[rows].numel()

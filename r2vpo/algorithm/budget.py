@@ -6,8 +6,8 @@
 | step scale s | the mean of V | once per learner step | `step_control.py` |
 | end of the learner step | what the other two let through | as soon as V exceeds 2·δ̂ | here |
 
-δ̂ = δ·q² is the budget of a batch, where q is the share of its fresh groups that are not solved (see `unsolved_share`).
-All three compare V with it, so that one number is all there is to choose.
+δ̂, the budget of a batch, is a share of δ: less where there is little to learn or much to lose (see `budget_share`). All
+three compare V with it, so that one number is all there is to choose.
 
 The first optimiser step of a learner step measures V before anything has moved: it says nothing, and no actuator looks
 at it. (Averaging that 0 in would let λ sink to its floor, since s holds the mean of all the others.)
@@ -43,30 +43,27 @@ class GroupSignal(NamedTuple):
     """Mean over its trajectories with a verdict."""
 
 
-def unsolved_share(groups: Iterable[GroupSignal]) -> float:
-    """q of a batch: 1 + its fresh groups that are not solved, over 1 + its fresh groups; 0 if no group has a signal.
+def budget_share(groups: Iterable[GroupSignal]) -> float:
+    """δ̂/δ of a batch, in [0, 1]: the share of its fresh groups with a signal, times the share that is not solved.
 
-    A group is solved if its rewards are all equal, and not below the mean of the batch: nothing can be learned from it,
-    and something lost. Groups without a signal that are below the mean (all answers wrong) have nothing to lose.
+    Both shares count one group more, so that neither is 0 while a stale group has a signal; 0 if no group has one.
 
-    Stale groups do not count: they are drawn for their signal, so a batch may be full of it when all but a few of
-    today's answers are right. The 1 keeps q above 0 while stale groups have a signal and every fresh one is solved.
+    A group is *solved* if its rewards are all equal, and not below the mean of the batch: it has nothing to teach, and
+    can only be unlearned. What a step gains grows with its length √V and with what it learns from; what it spoils
+    grows with V: by noise, the more the fewer groups have a signal, and by what was right without it. Groups whose
+    answers are all wrong have nothing to lose, so a sparse task is braked once, and one near saturation twice.
+
+    Stale groups count for the mean alone: they are drawn for their signal, so a batch may be full of it when all but a
+    few of today's answers are right.
     """
     known = list(groups)
     if not any(group.has_signal for group in known):
         return 0.0
     mean = fmean(group.reward for group in known)
     fresh = [group for group in known if group.is_fresh]
-    return (1 + sum(g.has_signal or g.reward < mean for g in fresh)) / (1 + len(fresh))
-
-
-def budget_share(unsolved_share: float) -> float:
-    """δ̂/δ = q².
-
-    What a step gains grows with its length √V times the signal in its direction, which falls with q; what it destroys
-    where all was well grows with its square, V. So the best length goes with q, and V with q².
-    """
-    return unsolved_share**2
+    signal = (1 + sum(g.has_signal for g in fresh)) / (1 + len(fresh))
+    unsolved = (1 + sum(g.has_signal or g.reward < mean for g in fresh)) / (1 + len(fresh))
+    return signal * unsolved
 
 
 class Budget:
@@ -89,9 +86,9 @@ class Budget:
         """The factor s of the learning rate."""
         return self.step_control.scale
 
-    def begin(self, *, unsolved_share: float) -> None:
-        """A learner step begins, on a batch with this `unsolved_share`."""
-        self._share, self._second_moments = budget_share(unsolved_share), []
+    def begin(self, *, share: float) -> None:
+        """A learner step begins, on a batch with this `budget_share`."""
+        self._share, self._second_moments = share, []
 
     def observe(self, second_moment: float) -> bool:
         """An optimiser step was made whose minibatch measured V. Returns whether the learner step may go on."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from r2vpo.algorithm.advantages import batch_advantages
-from r2vpo.algorithm.budget import Budget, GroupSignal, unsolved_share
+from r2vpo.algorithm.budget import Budget, GroupSignal, budget_share
 from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.algorithm.m2po import m2po_mask
 from r2vpo.algorithm.minibatches import split_minibatches
@@ -108,7 +108,7 @@ class ReferenceTrainer:
             for sampled, samples, reward_G in zip(batch.groups, groups, rewards, strict=True)
             if samples
         )
-        self.budget.begin(unsolved_share=unsolved_share(known))
+        self.budget.begin(share=budget_share(known))
         losses, second_moments, grad_norms = [], [], []
         for samples in trained * self._passes:
             loss, second_moment, grad_norm = self._optimizer_step(samples)

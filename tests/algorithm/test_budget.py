@@ -5,7 +5,7 @@ from math import exp, inf, nan
 
 import pytest
 
-from r2vpo.algorithm.budget import Budget, GroupSignal, unsolved_share
+from r2vpo.algorithm.budget import Budget, GroupSignal, budget_share
 from r2vpo.algorithm.config import AlgorithmConfig
 
 DELTA = 0.01
@@ -19,32 +19,38 @@ def group(reward, *, signal=False, fresh=True):
     return GroupSignal(is_fresh=fresh, has_signal=signal, reward=reward)
 
 
-def test_fresh_groups_whose_answers_are_all_right_are_solved():
-    mixed, right = group(0.5, signal=True), group(1.0)
-    assert unsolved_share([mixed, mixed, right]) == 3 / 4
-    assert unsolved_share([mixed, right, right, right]) == 2 / 5
+def test_a_batch_that_is_mixed_throughout_may_spend_the_whole_budget():
+    assert budget_share([group(0.5, signal=True), group(0.25, signal=True)]) == 1.0
 
 
-def test_groups_whose_answers_are_all_wrong_have_nothing_to_lose():
-    assert unsolved_share([group(0.0), group(0.0), group(0.125, signal=True)]) == 1.0
-    assert unsolved_share([group(0.0), group(1.0), group(0.5, signal=True)]) == 3 / 4
+def test_groups_whose_answers_are_all_wrong_have_no_signal_and_nothing_to_lose():
+    # Signal (1 + 1)/(1 + 3), and none of the three is solved.
+    assert budget_share([group(0.0), group(0.0), group(0.125, signal=True)]) == 1 / 2
+
+
+def test_groups_whose_answers_are_all_right_have_no_signal_and_are_solved():
+    # Signal 2/4 and unsolved 2/4.
+    assert budget_share([group(1.0), group(1.0), group(0.5, signal=True)]) == 1 / 4
+    # One right and one wrong throughout: signal 2/4, unsolved 3/4.
+    assert budget_share([group(0.0), group(1.0), group(0.5, signal=True)]) == 3 / 8
 
 
 def test_stale_groups_count_for_the_mean_alone():
     stale = group(0.5, signal=True, fresh=False)
-    assert unsolved_share([group(1.0), group(1.0), group(1.0), stale]) == 1 / 4
-    assert unsolved_share([group(0.0), group(0.0), group(0.0), stale]) == 1.0
-    assert unsolved_share([stale, stale]) == 1.0
+    # No fresh group has a signal: 1/4. All are above the mean, and solved: 1/4. All below it: 1.
+    assert budget_share([group(1.0), group(1.0), group(1.0), stale]) == 1 / 16
+    assert budget_share([group(0.0), group(0.0), group(0.0), stale]) == 1 / 4
+    assert budget_share([stale, stale]) == 1.0
 
 
-def test_a_batch_without_any_signal_has_no_unsolved_share():
-    assert unsolved_share([group(1.0), group(0.0), group(0.0, fresh=False)]) == 0.0
-    assert unsolved_share([]) == 0.0
+def test_a_batch_without_any_signal_has_no_budget():
+    assert budget_share([group(1.0), group(0.0), group(0.0, fresh=False)]) == 0.0
+    assert budget_share([]) == 0.0
 
 
 def test_the_first_optimiser_step_moves_nothing_whatever_it_measured():
     b = budget()
-    b.begin(unsolved_share=1.0)
+    b.begin(share=1.0)
     assert b.observe(1e6)
     b.end()
     assert (b.lam, b.scale) == (0.5, 1.0)
@@ -52,18 +58,18 @@ def test_the_first_optimiser_step_moves_nothing_whatever_it_measured():
 
 def test_lambda_rises_with_the_second_moment_of_later_steps():
     b = budget()
-    b.begin(unsolved_share=1.0)
+    b.begin(share=1.0)
     b.observe(0.0)
     b.observe(2 * DELTA)
     # Vs = 0.9·δ + 0.1·2δ = 1.1·δ: λ = 0.5·exp(0.1·0.1)
     assert b.lam == pytest.approx(0.5 * exp(0.01))
 
 
-def test_all_actuators_compare_with_the_square_of_the_unsolved_share():
+def test_all_actuators_compare_with_the_share_that_the_batch_may_spend():
     b = budget()
-    b.begin(unsolved_share=0.5)
+    b.begin(share=0.25)
     b.observe(0.0)
-    # Half of the groups are solved: δ/4 is exactly the budget of this batch.
+    # δ/4 is exactly the budget of this batch.
     assert b.observe(DELTA / 4)
     assert b.lam == pytest.approx(0.5)
     assert not b.observe(2.01 * DELTA / 4)
@@ -75,14 +81,14 @@ def test_all_actuators_compare_with_the_square_of_the_unsolved_share():
 @pytest.mark.parametrize(("second_moment", "goes_on"), [(2 * DELTA, True), (2.001 * DELTA, False), (inf, True)])
 def test_a_learner_step_ends_above_twice_its_budget(second_moment, goes_on):
     b = budget()
-    b.begin(unsolved_share=1.0)
+    b.begin(share=1.0)
     b.observe(0.0)
     assert b.observe(second_moment) is goes_on
 
 
 def test_a_batch_without_signal_has_no_budget_to_exceed_and_moves_no_actuator():
     b = budget()
-    b.begin(unsolved_share=0.0)
+    b.begin(share=0.0)
     assert b.observe(0.0)
     assert b.observe(10.0)
     b.end()
@@ -94,14 +100,14 @@ def test_a_batch_without_signal_has_no_budget_to_exceed_and_moves_no_actuator():
 )
 def test_ending_early_goes_with_step_control_unless_asked_otherwise(settings):
     b = budget(**settings)
-    b.begin(unsolved_share=1.0)
+    b.begin(share=1.0)
     b.observe(0.0)
     assert b.observe(1e9)
 
 
 def test_a_rival_may_have_it_too():
     b = budget(name="grpo", step_control=True)
-    b.begin(unsolved_share=1.0)
+    b.begin(share=1.0)
     b.observe(0.0)
     assert not b.observe(1.0)
     assert b.lam == 0.0
@@ -110,14 +116,14 @@ def test_a_rival_may_have_it_too():
 def test_a_restored_budget_continues_exactly():
     b, restored = budget(), budget()
     for step in range(3):
-        b.begin(unsolved_share=0.5)
+        b.begin(share=0.5)
         for v in (0.0, 0.002 * step, 0.004, nan):
             b.observe(v)
         b.end()
     restored.load_state_dict(json.loads(json.dumps(b.state_dict())))
     assert restored.state_dict() == b.state_dict()
     for x in (b, restored):
-        x.begin(unsolved_share=1.0)
+        x.begin(share=1.0)
         x.observe(0.0)
         x.observe(0.013)
         x.end()
@@ -126,12 +132,12 @@ def test_a_restored_budget_continues_exactly():
 
 def test_each_learner_step_begins_anew():
     b = budget()
-    b.begin(unsolved_share=1.0)
+    b.begin(share=1.0)
     b.observe(0.0)
     b.observe(100.0)
     b.end()
     scale = b.scale
-    b.begin(unsolved_share=1.0)
+    b.begin(share=1.0)
     assert b.observe(100.0)  # the first of this step
     b.end()
     assert b.scale == scale

@@ -124,17 +124,17 @@ def test_values_of_a_row_are_split_back_into_those_of_its_trajectories():
     assert [p.tolist() for p in parts] == [[0.1, 0.2], [0.3]]
 
 
-def test_a_batch_whose_verdicts_agree_has_no_signal():
-    assert collate(batch([two(rewards=(1.0, 1.0))]), **OPTIONS).unsolved_share == 0
+def test_a_batch_whose_verdicts_agree_has_no_budget():
+    assert collate(batch([two(rewards=(1.0, 1.0))]), **OPTIONS).budget_share == 0
 
 
-def test_the_unsolved_share_of_a_batch_is_that_of_its_fresh_groups():
-    # One of two fresh groups is solved: (1 + 1)/(1 + 2). Stale ones are drawn for their signal, and do not count.
+def test_what_a_batch_may_spend_follows_from_its_fresh_groups():
+    # One of two fresh groups is solved: signal (1 + 1)/(1 + 2), unsolved the same. Stale ones do not count.
     groups = [two(rewards=(1.0, 1.0)), two(), two(), two()]
-    assert collate(batch(groups, stale=[2, 3]), **OPTIONS).unsolved_share == pytest.approx(2 / 3)
+    assert collate(batch(groups, stale=[2, 3]), **OPTIONS).budget_share == pytest.approx(4 / 9)
     # A group without verdicts says nothing.
     unscored = two(rewards=(None, None))
-    assert collate(batch([*groups, unscored], stale=[2, 3]), **OPTIONS).unsolved_share == pytest.approx(2 / 3)
+    assert collate(batch([*groups, unscored], stale=[2, 3]), **OPTIONS).budget_share == pytest.approx(4 / 9)
 
 
 def test_a_first_token_that_trains_is_refused_because_nothing_predicts_it():

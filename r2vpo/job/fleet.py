@@ -154,6 +154,11 @@ class Fleet:
         self._targets = targets
         self._changed.set()
 
+    def _lower(self, pool: str) -> None:
+        """One worker of the pool fewer, as long as one is left; a smaller target may not have been kept yet."""
+        if self.target > 1:
+            self._targets[pool] = max(self._targets[pool] - 1, 0)
+
     def drain(self, name: str) -> str:
         """Let a worker finish its groups and go, or all workers of a node (its id or host) and their like elsewhere.
 
@@ -165,7 +170,7 @@ class Fleet:
         if named:
             if self.target == 1:
                 raise ConfigError(f"{name} is the only rollout worker: scale up first, or stop the run")
-            self._targets[named[0].pool] -= 1
+            self._lower(named[0].pool)
             self._leave(named[0])
             return f"{name} finishes its groups and goes; {self.target} remain"
         there = [p for p in self._places if name in (p.worker.node_id, p.worker.host) and name]
@@ -301,7 +306,7 @@ class Fleet:
             except FailedForGood as good:
                 if place.has_served or len(self._places) <= 1:
                     raise
-                self._targets[place.pool] -= 1
+                self._lower(place.pool)
                 self._note(f"{old.name}, which was added, does not start: {good}; the run goes on with {self.target}")
                 return True
         finally:

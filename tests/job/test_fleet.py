@@ -216,6 +216,17 @@ async def test_pools_are_scaled_on_their_own_or_from_the_first_to_the_last(tmp_p
     await cancelled(keeping)
 
 
+async def test_draining_a_worker_of_a_pool_that_was_just_emptied_leaves_the_other_pools_alone(tmp_path):
+    yard = Yard(tmp_path, pools={"own": 2, "rented": 1})
+    keeping = await yard.start()
+    yard.fleet.scale(0, pool="rented")
+    yard.fleet.drain("rollout-2")  # before the fleet has let it go
+    assert yard.fleet.target == 2
+    await yard.until_serving(2)
+    assert yard.serving() == ["rollout-0", "rollout-1"]
+    await cancelled(keeping)
+
+
 async def test_a_pool_that_is_none_is_refused_with_those_there_are(tmp_path):
     yard = Yard(tmp_path, pools={"own": 1, "rented": 1})
     with pytest.raises(ConfigError, match="no pool is called spot; there are own, rented"):

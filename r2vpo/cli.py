@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -48,6 +48,17 @@ examples:
 """
 
 
+TRAIN = "Train a model. Everything the run leaves lies in run_dir/name (runs/NAME)."
+CONFIG = "Print every setting as the run would have it, checked, as YAML."
+PLAN = (
+    "Say what a run will do, need and take, before anything starts, also for machines that are not here. Nothing is "
+    "created."
+)
+REPLAY_STEP = (
+    "Compute a learner step of a run again, from its store and checkpoints, and compare it with what the run recorded. "
+    "Nothing is written into the run's folder."
+)
+REPLAY = "Look at the replay store of a run, also while it goes on."
 SUBMIT = (
     "Give a run to a Ray cluster through its job server, with the code of this installation and the local files that "
     "the config names."
@@ -90,88 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="r2vpo",
-        description="R²VPO: RL fine-tuning of language models under a budget on the variance of the policy ratio.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"r2vpo {_version()}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    shared = _Parser(add_help=False)
-    shared.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the settings of the run")
-    shared.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="changes a setting, such as learner.steps=200; the last one wins",
-    )
-    train = commands.add_parser(
-        "train",
-        parents=[shared],
-        help="train a model",
-        description="Train a model. Everything the run leaves lies in run_dir/name (runs/NAME).",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    how = train.add_mutually_exclusive_group()
-    how.add_argument("--resume", action="store_true", help="go on with the run of this name from its newest checkpoint")
-    how.add_argument("--next-free", action="store_true", help="take the next free NAME-1, NAME-2, … as the run's name")
-    _add_allow_change(train)
-    commands.add_parser(
-        "config",
-        parents=[shared],
-        help="print the resolved settings",
-        description="Print every setting as the run would have it, checked, as YAML.",
-    )
-    plan.add_arguments(
-        commands.add_parser(
-            "plan",
-            parents=[shared],
-            help="say what a run will do and need, and whether it can work",
-            description="Say what a run will do, need and take, before anything starts, also for machines that are not "
-            "here. Nothing is created.",
-            epilog=plan.EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-    )
-
-    def add(name: str, help_text: str, description: str, examples: str, *parents: _Parser) -> _Parser:
-        return commands.add_parser(
-            name,
-            parents=parents,
-            help=help_text,
-            description=description,
-            epilog=examples,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    submit.add_arguments(add("submit", "give a run to a cluster", SUBMIT, submit.EXAMPLES, shared))
-    job_commands.add_parsers(add)
-    resume = add("resume", "go on with a run", "Go on with a run from its newest checkpoint.", RESUME_EXAMPLES)
-    add_run_arguments(resume)
-    remote.add_resume_arguments(resume)
-    resume.add_argument("overrides", nargs="*", metavar="key=value", help="changes a setting, as of train")
-    _add_allow_change(resume)
-    replay_step.add_arguments(
-        commands.add_parser(
-            "replay-step",
-            help="compute a learner step again, and compare",
-            description="Compute a learner step of a run again, from its store and checkpoints, and compare it with "
-            "what the run recorded. Nothing is written into the run's folder.",
-            epilog=replay_step.EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-    )
-    replay = commands.add_parser(
-        "replay",
-        help="look at the trajectories of a run",
-        description="Look at the replay store of a run, also while it goes on.",
-        epilog=replay_commands.EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    replay_commands.add_arguments(replay)
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = _parser().parse_known_args(argv)
     unknown = [text for text in rest if text.startswith("-")]
     if unknown:
         takes_settings = "overrides" in arguments and "=" in unknown[0]
@@ -183,6 +113,62 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     elif rest:
         raise ConfigError(f"{rest[0]} is one argument too many; see r2vpo {arguments.command} --help")
     return arguments
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="r2vpo",
+        description="R²VPO: RL fine-tuning of language models under a budget on the variance of the policy ratio.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"r2vpo {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, help_text: str, description: str, examples: str | None, *parents: _Parser) -> _Parser:
+        return commands.add_parser(
+            name,
+            parents=parents,
+            help=help_text,
+            description=description,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    _add_commands(add)
+    return parser
+
+
+def _add_commands(add: Callable[..., _Parser]) -> None:
+    """Every command, in the order in which ``--help`` names them."""
+    shared = _Parser(add_help=False)
+    shared.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the settings of the run")
+    shared.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="changes a setting, such as learner.steps=200; the last one wins",
+    )
+    train = add("train", "train a model", TRAIN, EXAMPLES, shared)
+    how = train.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on with the run of this name from its newest checkpoint")
+    how.add_argument("--next-free", action="store_true", help="take the next free NAME-1, NAME-2, … as the run's name")
+    _add_allow_change(train)
+    add("config", "print the resolved settings", CONFIG, None, shared)
+    plan.add_arguments(
+        add("plan", "say what a run will do and need, and whether it can work", PLAN, plan.EXAMPLES, shared)
+    )
+    submit.add_arguments(add("submit", "give a run to a cluster", SUBMIT, submit.EXAMPLES, shared))
+    job_commands.add_parsers(add)
+    resume = add("resume", "go on with a run", "Go on with a run from its newest checkpoint.", RESUME_EXAMPLES)
+    add_run_arguments(resume)
+    remote.add_resume_arguments(resume)
+    resume.add_argument("overrides", nargs="*", metavar="key=value", help="changes a setting, as of train")
+    _add_allow_change(resume)
+    replay_step.add_arguments(
+        add("replay-step", "compute a learner step again, and compare", REPLAY_STEP, replay_step.EXAMPLES)
+    )
+    replay_commands.add_arguments(add("replay", "look at the trajectories of a run", REPLAY, replay_commands.EXAMPLES))
 
 
 def _add_allow_change(parser: argparse.ArgumentParser) -> None:

@@ -27,11 +27,13 @@ LRS = (1e-4, 3e-4, 1e-3)
 MIDDLE_LR = LRS[1]
 RANGE = (5e-5, 1.5e-4, 5e-4, 1e-3)
 LAGS = (0, 1, 4, 16, 64, 256)
-DELTAS = (0.001, 0.005, 0.02, 0.05, 0.1)
+DELTAS = (0.002, 0.01, 0.02, 0.04, 0.08, 0.2)
 REUSE = 8
 """Learner steps that train on a group on average, and the largest age of a stale group (learner steps)."""
 REUSES = (16,)
 """More reuse than in the main comparison."""
+BEYOND = ("decoupled clip", "GSPO")
+"""Rivals without a plain clip that are compared at more reuse too, being the strongest with replay."""
 
 
 BestLr = Callable[[Setting, str], float]
@@ -121,6 +123,9 @@ def other_tuning_runs(scale: Scale) -> Iterator[Setting]:
     """What the learning rates of the other rivals are chosen on."""
     for method in scale.others.values():
         yield from grid(scale, with_replay(scale, TUNED_ON), method)
+    if scale.reuses:
+        for name in BEYOND:
+            yield from grid(scale, with_replay(scale, CHECKED_ON), OTHERS[name])
 
 
 def other_runs(scale: Scale, best_lr: BestLr) -> Iterator[Setting]:
@@ -132,7 +137,7 @@ def other_runs(scale: Scale, best_lr: BestLr) -> Iterator[Setting]:
 
 def reuse_methods() -> Mapping[str, Method]:
     """The methods of the reuse study."""
-    return {**MAIN, "decoupled clip": OTHERS["decoupled clip"]}
+    return {**MAIN, **{name: OTHERS[name] for name in BEYOND}}
 
 
 def reuse_runs(scale: Scale, best_lr: BestLr) -> Iterator[Setting]:

@@ -6,8 +6,8 @@
 | step scale s | the mean of V | once per learner step | `step_control.py` |
 | end of the learner step | what the other two let through | as soon as V exceeds 2·δ̂ | here |
 
-δ̂, the budget of a batch, is a share of δ: less where there is little to learn or much to lose (see `budget_share`). All
-three compare V with it, so that one number is all there is to choose.
+δ̂, the budget of a batch, is a share of δ: less where there is little to learn from or much to lose (see
+`budget_share`). All three compare V with it, so that one number is all there is to choose.
 
 The first optimiser step of a learner step measures V before anything has moved: it says nothing, and no actuator looks
 at it. (Averaging that 0 in would let λ sink to its floor, since s holds the mean of all the others.)
@@ -31,6 +31,8 @@ from r2vpo.algorithm.dual import make_dual
 from r2vpo.algorithm.step_control import make_step_control
 
 _TOO_FAR = 2.0
+_NOISE_SCALE = 32
+"""Groups with a signal at which a batch has half of δ. Chosen on addition4 with 22 to 400 of them."""
 
 
 class GroupSignal(NamedTuple):
@@ -44,26 +46,29 @@ class GroupSignal(NamedTuple):
 
 
 def budget_share(groups: Iterable[GroupSignal]) -> float:
-    """δ̂/δ of a batch, in [0, 1]: the share of its fresh groups with a signal, times the share that is not solved.
+    """δ̂/δ of a batch, in [0, 1): n / (n + 32) for its n groups with a signal, times the square of the unsolved share.
 
-    Both shares count one group more, so that neither is 0 while a stale group has a signal; 0 if no group has one.
+    Among fresh groups, the share that is not solved; it counts one group more, so that it is never 0. The result is 0
+    if no group has a signal.
 
-    A group is *solved* if its rewards are all equal, and not below the mean of the batch: it has nothing to teach, and
-    can only be unlearned. What a step gains grows with its length √V and with what it learns from; what it spoils
-    grows with V: by noise, the more the fewer groups have a signal, and by what was right without it. Groups whose
-    answers are all wrong have nothing to lose, so a sparse task is braked once, and one near saturation twice.
+    What a step gains depends on how well n groups tell the gradient from its noise. The best step is n / (n + n₀)
+    times the gradient of the batch, n₀ being the noise scale, here in groups (arXiv 1812.06162, equation 2.7). The
+    square of that gradient goes as (n + n₀) / n, so the best V, a squared length, goes as n / (n + n₀). What a step
+    spoils grows with V and with what was right without it. A group is *solved* if its rewards are all equal, and not
+    below the mean of the batch: it has nothing to teach, and can only be unlearned. Groups whose answers are all wrong
+    have nothing to lose.
 
-    Stale groups count for the mean alone: they are drawn for their signal, so a batch may be full of it when all but a
-    few of today's answers are right.
+    Stale groups do not count as solved or unsolved: they are drawn for their signal, so a batch may be full of it when
+    all but a few of today's answers are right.
     """
     known = list(groups)
-    if not any(group.has_signal for group in known):
+    with_signal = sum(group.has_signal for group in known)
+    if not with_signal:
         return 0.0
     mean = fmean(group.reward for group in known)
     fresh = [group for group in known if group.is_fresh]
-    signal = (1 + sum(g.has_signal for g in fresh)) / (1 + len(fresh))
     unsolved = (1 + sum(g.has_signal or g.reward < mean for g in fresh)) / (1 + len(fresh))
-    return signal * unsolved
+    return with_signal / (with_signal + _NOISE_SCALE) * unsolved**2
 
 
 class Budget:

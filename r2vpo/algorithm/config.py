@@ -33,9 +33,9 @@ class AlgorithmConfig:
     """The objective: `r2vpo`; `r2vpo_sequence` (length-normalised sequence ratio); `grpo` (clip on the plain ratio);
     `grpo_decoupled` (clip on the update ratio, bounded reweighting); `gspo`, `cispo`, `spo`, `sapo`, `m2po`,
     `truncated_is`, `plain_is`. See docs/loss.md."""
-    delta: float = 0.02
-    """Budget on V, the second moment of the update ratio, where all groups carry a signal (dimensionless; 0.04 is what
-    a clip of 0.2 allows at most)."""
+    delta: float = 0.04
+    """Budget on V, the second moment of the update ratio, of a large batch (dimensionless; 0.04 is what a clip of 0.2
+    allows at most). A batch has less of it if few groups carry a signal, or if many are solved."""
     dual: str = "bounded"
     """`bounded`: λ follows V multiplicatively within its bounds; `additive`: the textbook's
     λ ← max(0, λ + dual_rate·(V − δ)), which winds up on heavy tails; `fixed`: λ stays at `lambda_init`."""

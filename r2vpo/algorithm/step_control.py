@@ -4,12 +4,11 @@
     δ̂  = the budget of the batch, a share of δ (`budget.budget_share`)
     Vs ← 0.7·Vs + 0.3·min(V̄/δ̂, 5),  Vs₀ = 1
     s  ← clip(s·exp(g·clip(-log Vs, -1, 1)), 1/50, 50),   once per learner step;   lr_t = lr · warm-up · s
-    g  = 0.3;  0.1 upwards once Vs has crossed 1 from the side where it began (s has settled)
+    g  = 0.3 downwards;  upwards 0.6, and 0.1 once Vs has crossed 1 from the side where it began (s has settled)
 
 λ and s hold one budget: s its mean, λ the tails. Each part has a reason that was measured. The log of V̄ scatters by
 0.3 to 0.7 from step to step; a control that follows each of them holds the median at δ, and the mean 30 % above it.
-Smoothing first holds the mean within 10 %. The gain of 0.3 brings a rate that is 10 times too high or low home in a
-dozen steps.
+Smoothing first holds the mean within 10 %. A rate that is 10 times too high or low is home in a dozen steps.
 
 Once settled, s falls fast and rises slowly. Near saturation V is small for many learner steps, and then one step of the
 same length moves the policy far: a scale that had tripled meanwhile makes that step destroy what was learned.
@@ -31,7 +30,7 @@ from math import exp, isfinite, log
 from r2vpo.algorithm.config import AlgorithmConfig
 
 _MEMORY = 0.7
-_GAIN, _SETTLED_RISE = 0.3, 0.1
+_FALL, _RISE, _SETTLED_RISE = 0.3, 0.6, 0.1
 _CAP = 5.0
 _LIMIT = 50.0
 
@@ -66,7 +65,8 @@ class StepControl:
             self.smoothed = _MEMORY * self.smoothed + (1 - _MEMORY) * spent
             self.settled = self.settled or (self.smoothed - 1.0) * (self.scale - 1.0) > 0
             error = min(max(-log(self.smoothed), -1.0), 1.0)
-            gain = _SETTLED_RISE if self.settled and error > 0 else _GAIN
+            rise = _SETTLED_RISE if self.settled else _RISE
+            gain = rise if error > 0 else _FALL
             self.scale = min(max(self.scale * exp(gain * error), 1 / _LIMIT), _LIMIT)
         return self.scale
 

@@ -19,28 +19,33 @@ def group(reward, *, signal=False, fresh=True):
     return GroupSignal(is_fresh=fresh, has_signal=signal, reward=reward)
 
 
-def test_a_batch_that_is_mixed_throughout_may_spend_the_whole_budget():
-    assert budget_share([group(0.5, signal=True), group(0.25, signal=True)]) == 1.0
+def test_more_groups_with_a_signal_may_spend_more_of_the_budget():
+    mixed = group(0.5, signal=True)
+    # n / (n + 32), none solved: half of δ at 32 groups.
+    assert budget_share([mixed] * 32) == 1 / 2
+    assert budget_share([mixed] * 96) == 3 / 4
+    # Stale groups tell the gradient from its noise like fresh ones.
+    assert budget_share([mixed] * 32 + [group(0.5, signal=True, fresh=False)] * 64) == 3 / 4
 
 
 def test_groups_whose_answers_are_all_wrong_have_no_signal_and_nothing_to_lose():
-    # Signal (1 + 1)/(1 + 3), and none of the three is solved.
-    assert budget_share([group(0.0), group(0.0), group(0.125, signal=True)]) == 1 / 2
+    # 8 of 40 have a signal, and none of the others is solved.
+    assert budget_share([group(0.0)] * 32 + [group(0.125, signal=True)] * 8) == 8 / 40
 
 
 def test_groups_whose_answers_are_all_right_have_no_signal_and_are_solved():
-    # Signal 2/4 and unsolved 2/4.
-    assert budget_share([group(1.0), group(1.0), group(0.5, signal=True)]) == 1 / 4
-    # One right and one wrong throughout: signal 2/4, unsolved 3/4.
-    assert budget_share([group(0.0), group(1.0), group(0.5, signal=True)]) == 3 / 8
+    # n = 1; (1 + 1)/(1 + 3) are unsolved.
+    assert budget_share([group(1.0), group(1.0), group(0.5, signal=True)]) == 1 / 33 * (2 / 4) ** 2
+    # One right and one wrong throughout: (1 + 2)/(1 + 3).
+    assert budget_share([group(0.0), group(1.0), group(0.5, signal=True)]) == 1 / 33 * (3 / 4) ** 2
 
 
-def test_stale_groups_count_for_the_mean_alone():
-    stale = group(0.5, signal=True, fresh=False)
-    # No fresh group has a signal: 1/4. All are above the mean, and solved: 1/4. All below it: 1.
-    assert budget_share([group(1.0), group(1.0), group(1.0), stale]) == 1 / 16
-    assert budget_share([group(0.0), group(0.0), group(0.0), stale]) == 1 / 4
-    assert budget_share([stale, stale]) == 1.0
+def test_stale_groups_are_neither_solved_nor_unsolved():
+    stale = [group(0.5, signal=True, fresh=False)] * 32
+    # All fresh ones are above the mean, and solved: 1/4. All below it: 1.
+    assert budget_share([group(1.0)] * 3 + stale) == 1 / 2 * (1 / 4) ** 2
+    assert budget_share([group(0.0)] * 3 + stale) == 1 / 2
+    assert budget_share(stale) == 1 / 2
 
 
 def test_a_batch_without_any_signal_has_no_budget():

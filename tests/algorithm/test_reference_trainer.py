@@ -201,13 +201,15 @@ def test_lambda_and_the_scale_follow_the_measured_second_moments(make_batch, mak
     assert min(v[1:]) > 0
     assert result["second_moment"] == pytest.approx(sum(v) / 4)
 
+    share = 4 / 36  # four groups with a signal, none solved
     smoothed, lam = 0.02, 0.5
     for x in v[1:]:
-        smoothed = 0.9 * smoothed + 0.1 * min(x, 0.1)
+        smoothed = 0.9 * smoothed + 0.1 * min(x / share, 0.1)
         lam = min(max(lam * np.exp(0.1 * np.clip(smoothed / 0.02 - 1, -1, 1)), 0.25), 1.0)
     assert result["lam"] == pytest.approx(lam)
-    spent = 0.7 + 0.3 * min(np.mean(v[1:]) / 0.02, 5)
-    assert result["step_scale"] == pytest.approx(np.exp(-0.3 * np.clip(np.log(spent), -1, 1)))
+    spent = 0.7 + 0.3 * min(np.mean(v[1:]) / (0.02 * share), 5)
+    assert spent < 1  # less than the budget was spent: the scale rises, by the gain of a scale that has not settled
+    assert result["step_scale"] == pytest.approx(np.exp(-0.6 * np.clip(np.log(spent), -1, 1)))
 
 
 def test_a_step_that_exceeds_its_budget_ends_there_and_its_passes_with_it(make_batch, make_trajectory):
@@ -218,9 +220,9 @@ def test_a_step_that_exceeds_its_budget_ends_there_and_its_passes_with_it(make_b
     v = full.step(make_batch(groups))["second_moments"]
     assert len(v) == 8
     most = next(j for j in range(2, 7) if v[j] > 1.05 * max(v[:j]))
-    delta = v[most] / 2.02  # of which that optimiser step alone measures more than twice
-    assert max(v[:most]) < 2 * delta
-    config = AlgorithmConfig(delta=delta, dual="fixed")
+    budget = v[most] / 2.02  # of which that optimiser step alone measures more than twice
+    assert max(v[:most]) < 2 * budget
+    config = AlgorithmConfig(delta=budget * 36 / 4, dual="fixed")  # four groups with a signal, none solved
     early = make_trainer(Bigram(), algorithm=config, minibatches=4, lr=0.02, passes=2)
     assert early.step(make_batch(groups))["second_moments"] == pytest.approx(v[: most + 1], rel=1e-6)
 

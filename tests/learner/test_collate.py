@@ -128,13 +128,13 @@ def test_a_batch_whose_verdicts_agree_has_no_budget():
     assert collate(batch([two(rewards=(1.0, 1.0))]), **OPTIONS).budget_share == 0
 
 
-def test_what_a_batch_may_spend_follows_from_its_fresh_groups():
-    # One of two fresh groups is solved: signal (1 + 1)/(1 + 2), unsolved the same. Stale ones do not count.
+def test_what_a_batch_may_spend_follows_from_its_signals_and_from_the_fresh_groups_that_are_solved():
+    # Three groups with a signal: 3/(3 + 32). One of two fresh groups is solved: (1 + 1)/(1 + 2), squared.
     groups = [two(rewards=(1.0, 1.0)), two(), two(), two()]
-    assert collate(batch(groups, stale=[2, 3]), **OPTIONS).budget_share == pytest.approx(4 / 9)
+    assert collate(batch(groups, stale=[2, 3]), **OPTIONS).budget_share == pytest.approx(3 / 35 * 4 / 9)
     # A group without verdicts says nothing.
     unscored = two(rewards=(None, None))
-    assert collate(batch([*groups, unscored], stale=[2, 3]), **OPTIONS).budget_share == pytest.approx(4 / 9)
+    assert collate(batch([*groups, unscored], stale=[2, 3]), **OPTIONS).budget_share == pytest.approx(3 / 35 * 4 / 9)
 
 
 def test_a_first_token_that_trains_is_refused_because_nothing_predicts_it():

@@ -33,7 +33,7 @@ REUSE = 8
 REUSES = (16,)
 """More reuse than in the main comparison."""
 BEYOND = ("decoupled clip", "GSPO")
-"""Rivals without a plain clip that are compared at more reuse too, being the strongest with replay."""
+"""The strongest of the other rivals with replay: compared at more reuse too."""
 
 
 BestLr = Callable[[Setting, str], float]

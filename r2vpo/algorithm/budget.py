@@ -32,7 +32,7 @@ from r2vpo.algorithm.step_control import make_step_control
 
 _TOO_FAR = 2.0
 _NOISE_SCALE = 32
-"""Groups with a signal at which a batch has half of δ. Chosen on addition4 with 22 to 400 of them."""
+"""Groups with a signal at which a batch has half of δ. Chosen on batches of 32, 256 and 512 groups."""
 
 
 class GroupSignal(NamedTuple):
@@ -52,7 +52,7 @@ def budget_share(groups: Iterable[GroupSignal]) -> float:
     if no group has a signal.
 
     What a step gains depends on how well n groups tell the gradient from its noise. The best step is n / (n + n₀)
-    times the gradient of the batch, n₀ being the noise scale, here in groups (arXiv 1812.06162, equation 2.7). The
+    times the gradient of the batch, n₀ being the noise scale, here in groups (arXiv 1812.06162, section 2.2). The
     square of that gradient goes as (n + n₀) / n, so the best V, a squared length, goes as n / (n + n₀). What a step
     spoils grows with V and with what was right without it. A group is *solved* if its rewards are all equal, and not
     below the mean of the batch: it has nothing to teach, and can only be unlearned. Groups whose answers are all wrong

@@ -20,7 +20,7 @@ from tests.e2e.runs import QUICKSTART
 
 EXACTLY = (
     # The bias of an attention key has no gradient at all (softmax does not see it), only rounding noise, which Adam
-    # would scale up to full steps of either sign: an epsilon far above the noise leaves it where it is.
+    # would scale up to full steps of either sign, and noise is part of every tiny gradient: an epsilon far above it.
     "learner.adam_eps=1e-5",
 )
 """Settings with which a run can be redone to rounding."""

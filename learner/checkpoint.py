@@ -3,7 +3,7 @@
     step-000050.tmp/    every rank writes its part here and flushes it
         deepspeed/      weights and optimiser
         trainer.json    λ, step control, counters, RNG state
-        COMPLETE        written last: length of every file
+        COMPLETE        written last: length of every file, checksum of trainer.json
     step-000050/        the same directory, renamed
 
 A directory counts only under its final name and with its marker, so that one left behind by a crash is never picked
@@ -13,7 +13,8 @@ The run can be resumed at the newest ``keep_checkpoints`` (`resumable`): the sto
 good beside them (``keep_every``) are weights to look at, and places from which `replay-step` begins.
 
 All ranks must see the same file system. The files of DeepSpeed are pickles: `pickles.py` refuses any that DeepSpeed
-did not write before they are loaded. `trainer.json` is plain JSON.
+did not write before they are loaded, and are checked as they are read. `trainer.json` is plain JSON: a digit that changed
+there would be a silent wrong number, hence its checksum.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 _NAME = re.compile(r"step-(\d{6,})")
 _MARKER = "COMPLETE"
@@ -71,7 +73,8 @@ def commit(directory: Path, step: int, state: Mapping[str, Any]) -> Path:
     flush(written)
     files = sorted(path for path in written.rglob("*") if path.is_file())
     lengths = {str(path.relative_to(written)): path.stat().st_size for path in files}
-    (written / _MARKER).write_text(json.dumps(lengths, indent=1))
+    marker = {"lengths": lengths, "state_crc32": crc32((written / _STATE).read_bytes())}
+    (written / _MARKER).write_text(json.dumps(marker, indent=1))
     flush(written)
     if final.exists():
         final.rename(replaced := directory / f"step-{step:06d}.replaced.tmp")
@@ -107,17 +110,21 @@ def discard(directory: Path, step: int) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `commit` was given, once every file is known to be there in its length.
+    """What `commit` was given, once every file is known to be there in its length, and this one unchanged.
 
     ``ValueError`` if ``checkpoint`` is not a complete checkpoint; `DamagedCheckpoint` if it was one.
     """
     if not (checkpoint / _MARKER).is_file():
         raise ValueError(f"{checkpoint} is not a complete checkpoint (no file {_MARKER}); name a directory step-NNNNNN")
     try:
-        lengths = _read_object(checkpoint / _MARKER) if (checkpoint / _MARKER).stat().st_size else {}
-        for name, length in lengths.items():
+        marker = _read_object(checkpoint / _MARKER)
+        if marker.keys() != {"lengths", "state_crc32"}:
+            raise damaged(checkpoint / _MARKER, "it does not list the files")
+        for name, length in marker["lengths"].items():
             if (found := (checkpoint / name).stat().st_size) != length:
                 raise damaged(checkpoint / name, f"{found} bytes instead of {length}")
+        if crc32((checkpoint / _STATE).read_bytes()) != marker["state_crc32"]:
+            raise damaged(checkpoint / _STATE, "other bytes than were written: its checksum differs")
         state = _read_object(checkpoint / _STATE)
     except FileNotFoundError as error:
         if not (checkpoint / _MARKER).is_file():  # a removal begins with it
@@ -195,7 +202,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     except ValueError as error:  # no JSON, or no text
         raise damaged(path, f"no JSON: {error}") from None
     if not isinstance(value, dict):
-        raise damaged(path, "no version in it")
+        raise damaged(path, "no JSON object")
     return value
 
 

@@ -46,6 +46,7 @@ ABLATIONS: Mapping[str, Method] = {
     "step size alone": {"name": "plain_is", "step_control": True, "end_early": False},
     "fixed λ": {**R2VPO, "dual": "fixed"},
     "additive dual": {**R2VPO, "dual": "additive"},
+    "floor of λ at 0.25": {**R2VPO, "lambda_min": 0.25},
     "no gate": {**R2VPO, "gate": "never"},
     "never ends early": {**R2VPO, "end_early": False},
     "sequence ratio": {**R2VPO, "name": "r2vpo_sequence"},

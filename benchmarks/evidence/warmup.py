@@ -22,7 +22,7 @@ from benchmarks.table import REPOSITORY
 FOLDER = REPOSITORY / "build" / "evidence"
 START = {"addition4": 0.34, "addition8": 0.033, "sorting10": 0.1}
 """Accuracy at which the warm-up ends: the chance that a right answer is sampled, over held-out prompts."""
-_LR = {"0.1M": 3e-3, "0.4M": 2e-3, "1.6M": 1e-3}
+_LR = {"0.1M": 3e-3, "0.4M": 1e-3, "1.6M": 1e-3}
 _BATCH = 128
 _MAX_STEPS = 6000
 _LOOK_EVERY = 10

@@ -41,11 +41,11 @@ class AlgorithmConfig:
     λ ← max(0, λ + dual_rate·(V − δ)), which winds up on heavy tails; `fixed`: λ stays at `lambda_init`."""
     dual_rate: float = 1.0
     """Rate of λ under `dual: additive` (λ per unit of V)."""
-    lambda_init: float = 0.5
+    lambda_init: float = 1.0
     """Multiplier λ at the start."""
-    lambda_min: float = 0.25
+    lambda_min: float = 0.7
     """Floor of λ under `dual: bounded`."""
-    lambda_max: float = 1.0
+    lambda_max: float = 1.5
     """Ceiling of λ under `dual: bounded`; λ pinned here means that the budget is infeasible."""
     gate: str = "auto"
     """`always` brakes only tokens that run away, `never` brakes all, `auto` is `always` with replay or lag."""

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from r2vpo.job.config import RunConfig, load_config
 from r2vpo.job.history import read_starts
@@ -156,16 +157,20 @@ def read_checkpoints(directory: Path) -> Iterator[Checkpoint]:
 
 
 def _state_of(path: Path) -> dict[str, Any]:
-    """trainer.json of a checkpoint whose files are all there, in the lengths that its marker lists."""
-    marker = (path / "COMPLETE").read_text()
-    for name, length in (json.loads(marker) if marker.strip() else {}).items():
+    """trainer.json of a checkpoint whose files are all there, as its marker lists them."""
+    try:
+        marker = json.loads((path / "COMPLETE").read_text())
+        lengths, checksum = dict(marker["lengths"]), int(marker["state_crc32"])
+    except (ValueError, TypeError, KeyError):
+        raise ValueError("its COMPLETE is none") from None
+    for name, length in lengths.items():
         size = (path / name).stat().st_size
         if size != length:
             raise ValueError(f"{name} has {size} bytes, not {length}")
-    try:
-        state = json.loads((path / "trainer.json").read_text())
-    except ValueError:
-        state = None
+    content = (path / "trainer.json").read_bytes()
+    if crc32(content) != checksum:
+        raise ValueError("the checksum of its trainer.json differs")
+    state = json.loads(content)
     if not isinstance(state, dict):
         raise ValueError("its trainer.json is none")
     return state

@@ -23,7 +23,7 @@ from r2vpo.algorithm.config import OBJECTIVES, AlgorithmConfig
         ({"delta": 0.0}, "algorithm.delta=0.0"),
         ({"weight_cap": 0.5}, "algorithm.weight_cap=0.5"),
         ({"clip_low": 1.5}, "algorithm.clip_low=1.5"),
-        ({"lambda_init": 2.0}, "algorithm.lambda_init=2.0 .*algorithm.lambda_max=1.0"),
+        ({"lambda_init": 2.0}, "algorithm.lambda_init=2.0 .*algorithm.lambda_max=1.5"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused(settings, message):

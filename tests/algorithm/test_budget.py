@@ -58,7 +58,7 @@ def test_the_first_optimiser_step_moves_nothing_whatever_it_measured():
     b.begin(share=1.0)
     assert b.observe(1e6)
     b.end()
-    assert (b.lam, b.scale) == (0.5, 1.0)
+    assert (b.lam, b.scale) == (1.0, 1.0)
 
 
 def test_lambda_rises_with_the_second_moment_of_later_steps():
@@ -66,8 +66,8 @@ def test_lambda_rises_with_the_second_moment_of_later_steps():
     b.begin(share=1.0)
     b.observe(0.0)
     b.observe(2 * DELTA)
-    # Vs = 0.9·δ + 0.1·2δ = 1.1·δ: λ = 0.5·exp(0.1·0.1)
-    assert b.lam == pytest.approx(0.5 * exp(0.01))
+    # Vs = 0.9·δ + 0.1·2δ = 1.1·δ: λ = exp(0.1·0.1)
+    assert b.lam == pytest.approx(exp(0.01))
 
 
 def test_all_actuators_compare_with_the_share_that_the_batch_may_spend():
@@ -76,7 +76,7 @@ def test_all_actuators_compare_with_the_share_that_the_batch_may_spend():
     b.observe(0.0)
     # δ/4 is exactly the budget of this batch.
     assert b.observe(DELTA / 4)
-    assert b.lam == pytest.approx(0.5)
+    assert b.lam == pytest.approx(1.0)
     assert not b.observe(2.01 * DELTA / 4)
     b.end()
     # V̄ = (1 + 2.01)/2 budgets: Vs = 0.7 + 0.3·1.505
@@ -97,7 +97,7 @@ def test_a_batch_without_signal_has_no_budget_to_exceed_and_moves_no_actuator():
     assert b.observe(0.0)
     assert b.observe(10.0)
     b.end()
-    assert (b.lam, b.scale) == (0.5, 1.0)
+    assert (b.lam, b.scale) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -202,10 +202,10 @@ def test_lambda_and_the_scale_follow_the_measured_second_moments(make_batch, mak
     assert result["second_moment"] == pytest.approx(sum(v) / 4)
 
     share = 4 / 36  # four groups with a signal, none solved
-    smoothed, lam = 0.02, 0.5
+    smoothed, lam = 0.02, 1.0
     for x in v[1:]:
         smoothed = 0.9 * smoothed + 0.1 * min(x / share, 0.1)
-        lam = min(max(lam * np.exp(0.1 * np.clip(smoothed / 0.02 - 1, -1, 1)), 0.25), 1.0)
+        lam = min(max(lam * np.exp(0.1 * np.clip(smoothed / 0.02 - 1, -1, 1)), 0.7), 1.5)
     assert result["lam"] == pytest.approx(lam)
     spent = 0.7 + 0.3 * min(np.mean(v[1:]) / (0.02 * share), 5)
     assert spent < 1  # less than the budget was spent: the scale rises, by the gain of a scale that has not settled
@@ -350,7 +350,7 @@ def test_a_batch_without_any_verdict_changes_nothing(make_batch, make_trajectory
     before = model.table.detach().clone()
     result = trainer.step(make_batch([[make_trajectory([1], reward=None)]]))
     assert isnan(result["loss"])
-    assert (result["lam"], result["step_scale"], result["empty_minibatches"]) == (0.5, 1.0, 1)
+    assert (result["lam"], result["step_scale"], result["empty_minibatches"]) == (1.0, 1.0, 1)
     torch.testing.assert_close(model.table.detach(), before, rtol=0, atol=0)
 
 

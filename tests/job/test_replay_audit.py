@@ -106,13 +106,17 @@ def test_a_checkpoint_that_contradicts_name_or_metrics_is_named(run, changed, se
 def test_a_complete_checkpoint_that_is_not_whole_is_named(run):
     folder = run.checkpoints / "step-000004"
     about = "checkpoint step-000004 is marked as complete, but "
-    (folder / "COMPLETE").write_text('{"trainer.json": 3}')
+    marker = json.loads((folder / "COMPLETE").read_text())
     (folder / "trainer.json").write_text("{")
-    assert found(run) == [("checkpoints", f"{about}trainer.json has 1 bytes, not 3")]
-    (folder / "COMPLETE").write_text("")
-    assert found(run) == [("checkpoints", f"{about}its trainer.json is none")]
-    (folder / "COMPLETE").write_text('{"trainer.json": 1, "deepspeed/model.pt": 9}')
+    length = marker["lengths"]["trainer.json"]
+    assert found(run) == [("checkpoints", f"{about}trainer.json has 1 bytes, not {length}")]
+    (folder / "trainer.json").write_text("{".ljust(length))
+    assert found(run) == [("checkpoints", f"{about}the checksum of its trainer.json differs")]
+    (folder / "COMPLETE").write_text(json.dumps({**marker, "lengths": {"deepspeed/model.pt": 9}}))
     assert found(run) == [("checkpoints", f"{about}model.pt cannot be read")]
+    for none in ("", "[]", "{}"):
+        (folder / "COMPLETE").write_text(none)
+        assert found(run) == [("checkpoints", f"{about}its COMPLETE is none")]
 
 
 def test_what_a_kill_leaves_of_a_checkpoint_is_nobodys_business(run):

@@ -189,10 +189,12 @@ DAMAGES = {
     "weights is damaged (7 bytes instead of 13)": lambda path: os.truncate(path / "weights", 7),
     "trainer.json is damaged (it is missing)": lambda path: (path / "trainer.json").unlink(),
     "trainer.json is damaged (5 bytes instead of 17)": lambda path: os.truncate(path / "trainer.json", 5),
-    "trainer.json is damaged (no JSON: Expecting": lambda path: (path / "trainer.json").write_text("{" * 17),
-    "trainer.json is damaged (no JSON: 'utf-8'": lambda path: (path / "trainer.json").write_bytes(b"\xff" * 17),
-    "trainer.json is damaged (no version in it)": lambda path: (path / "trainer.json").write_text("{%s}" % (" " * 15)),
-    "COMPLETE is damaged (no JSON": lambda path: (path / "COMPLETE").write_text("yes"),
+    # One digit of the 17 bytes: JSON as before, with another number in it.
+    "trainer.json is damaged (other bytes": lambda path: (path / "trainer.json").write_text('{\n "version": 6\n}'),
+    "COMPLETE is damaged (no JSON: Expecting": lambda path: (path / "COMPLETE").write_text("yes"),
+    "COMPLETE is damaged (no JSON: 'utf-8'": lambda path: (path / "COMPLETE").write_bytes(b"\xff" * 17),
+    "COMPLETE is damaged (no JSON object)": lambda path: (path / "COMPLETE").write_text("[]"),
+    "COMPLETE is damaged (it does not list the files)": lambda path: (path / "COMPLETE").write_text("{}"),
 }
 
 
@@ -213,12 +215,6 @@ def test_damage_to_a_complete_checkpoint_is_named_with_the_way_on(tmp_path, what
     (tmp_path / "step-999999" / "weights").unlink()
     with pytest.raises(checkpoint.DamagedCheckpoint, match="to begin without it"):
         checkpoint.read_state(tmp_path / "step-999999")
-
-
-def test_a_checkpoint_from_before_the_marker_listed_files_is_read(tmp_path):
-    path = write(tmp_path, 50)
-    (path / "COMPLETE").write_text("")
-    assert checkpoint.read_state(path) == {"version": 50}
 
 
 def test_checkpoints_at_multiples_stay_for_good_and_only_the_newest_count_for_a_resume(tmp_path):

@@ -29,7 +29,9 @@ RANGE = (5e-5, 1.5e-4, 5e-4, 1e-3)
 LAGS = (0, 1, 4, 16, 64, 256)
 DELTAS = (0.002, 0.01, 0.02, 0.04, 0.08, 0.2)
 REUSE = 8
-"""Learner steps that train on a group on average, and the largest age of a stale group (learner steps)."""
+"""Learner steps that train on a group on average."""
+AGES_PER_USE = 2
+"""Largest age of a stale group (learner steps) over the reuse: what suits R²VPO and GRPO alike."""
 REUSES = (16,)
 """More reuse than in the main comparison."""
 BEYOND = ("decoupled clip", "GSPO")
@@ -90,7 +92,7 @@ def on_policy(scale: Scale, task: str) -> Setting:
 
 def with_replay(scale: Scale, task: str, *, reuse: int = REUSE) -> Setting:
     """The common settings of runs with replay: the same reuse for every method."""
-    return Setting(task=task, iterations=scale.replay_iterations, reuse=reuse, max_age=reuse)
+    return Setting(task=task, iterations=scale.replay_iterations, reuse=reuse, max_age=AGES_PER_USE * reuse)
 
 
 def grid(scale: Scale, base: Setting, method: Method) -> list[Setting]:

@@ -168,12 +168,11 @@ class LiveView:
                     f"{first[1]:.3f} → ", (f"{last[1]:.3f}", "bold green"), (f"  {last[0]}", "dim")
                 )
         reward = f"{shown(number(metrics, 'train/reward_mean'), '.3f'):<8}"
-        budget = seen.config.algorithm.delta if seen.has_budget else None
         scale = f"{shown(number(metrics, 'control/scale'), '.2f')}×"
         return [
             ("reward", Text.assemble((reward, "bold"), (sparkline(seen.rewards, TREND_WIDTH), ACCENT))),
             ("accuracy", accuracy),
-            ("V", budget_text(number(metrics, "dual/second_moment"), budget)),
+            ("V", budget_text(number(metrics, "dual/second_moment"), seen.budget)),
             ("λ", self._multiplier()),
             ("step scale", Text.assemble(f"{scale:<8}", (f"lr {shown(number(metrics, 'step/lr'), '.1e')}", "dim"))),
         ]
@@ -222,17 +221,17 @@ class LiveView:
         )
 
 
-def budget_text(second_moment: float | None, delta: float | None) -> Text:
-    """V as a number and, where δ bounds it, as a gauge from 0 to 2δ with δ in the middle."""
+def budget_text(second_moment: float | None, budget: float | None) -> Text:
+    """V as a number and, where a budget δ̂ bounds it, as a gauge from 0 to 2δ̂ with δ̂ in the middle."""
     text = Text()
     text.append(f"{shown(second_moment, '.4f'):<8}", style="bold")
-    if second_moment is None or delta is None:
+    if second_moment is None or not budget:
         return text
-    share = min(second_moment / (2 * delta), 1.0)
+    share = min(second_moment / (2 * budget), 1.0)
     filled = round(share * GAUGE_WIDTH)
-    color = "green" if second_moment <= 1.25 * delta else "yellow" if second_moment <= 2 * delta else "red"
+    color = "green" if second_moment <= 1.25 * budget else "yellow" if second_moment <= 2 * budget else "red"
     for cell in range(GAUGE_WIDTH):
         if cell == GAUGE_WIDTH // 2:
             text.append("│", style="bold")
         text.append("━" if cell < filled else "─", style=color if cell < filled else "dim")
-    return text.append(f" δ {delta:g}", style="dim")
+    return text.append(f" of {budget:.4f}", style="dim")

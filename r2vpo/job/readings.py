@@ -65,9 +65,12 @@ class Progress:
         return (self._ends_s[-1] - self._ends_s[0]) / steps * (self.total - self.step)
 
     @property
-    def has_budget(self) -> bool:
-        """Whether δ bounds V in this run."""
-        return self.config.algorithm.has_multiplier or self.config.algorithm.controls_step
+    def budget(self) -> float | None:
+        """δ̂, what the last batch may spend of δ; None in a run whose V nothing bounds."""
+        algorithm, share = self.config.algorithm, number(self.metrics, "control/budget_share")
+        if not (algorithm.has_multiplier or algorithm.controls_step):
+            return None
+        return algorithm.delta * (1.0 if share is None else share)
 
 
 def describe(config: RunConfig) -> str:
@@ -87,7 +90,7 @@ def evaluation_text(label: str, accuracy: float, greedy: float, num_prompts: int
 def step_text(seen: Progress) -> str:
     """A step in one line."""
     metrics = seen.metrics
-    budget = f"/{seen.config.algorithm.delta:g}" if seen.has_budget else ""
+    budget = "" if seen.budget is None else f"/{seen.budget:.4f}"
     parts = [
         f"step {seen.step:>{len(str(seen.total))}}/{seen.total}",
         f"reward {shown(number(metrics, 'train/reward_mean'), '.3f')}",

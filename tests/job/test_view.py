@@ -21,6 +21,7 @@ METRICS = {
     "dual/lambda": 0.47,
     "dual/saturated": 0.0,
     "control/scale": 1.31,
+    "control/budget_share": 0.6,
     "step/lr": 1.2e-4,
     "rollout/tokens_per_s": 8123.4,
     "rollout/idle_fraction": 0.31,
@@ -90,7 +91,7 @@ def play(view, clock: Clock) -> None:
         for step in range(1, 5):
             clock.now_s += 2.0
             view.step(METRICS | ({"eval/accuracy": 0.6} if step == 3 else {}), step, 120)
-        view.note("λ is pinned at its ceiling 1.0")
+        view.note("λ is pinned at its ceiling 1.5")
         view.finish(SUMMARY)
 
 
@@ -101,12 +102,12 @@ def test_plain_lines_say_everything_once(plain):
     assert "[0:12] evaluation before" in lines
     assert "accuracy before: 0.398 sampled, 0.470 greedy, on 512 held-out prompts" in lines
     [third] = [line for line in lines if line.startswith("step   3/120")]
-    for part in ("reward 0.512", "accuracy 0.600", "V 0.0180/0.04", "λ 0.47", "scale 1.31", "lag 2.2 (max 9)"):
+    for part in ("reward 0.512", "accuracy 0.600", "V 0.0180/0.0240", "λ 0.47", "scale 1.31", "lag 2.2 (max 9)"):
         assert part in third
     for part in ("stale 25 %", "8,123 tokens/s", "sync 21 ms"):  # 100 of 400 tokens
         assert part in third
     assert "3:54 left" in third  # 117 steps of 2 s
-    assert "note: λ is pinned at its ceiling 1.0" in lines
+    assert "note: λ is pinned at its ceiling 1.5" in lines
     assert "toy: finished after 120 steps in 2:41" in lines
     assert any(line.split() == ["model/", "the", "trained", "model,", "Hugging", "Face", "format"] for line in lines)
     assert not any(line.strip().startswith("summary.json") for line in lines)  # it is not there
@@ -143,12 +144,12 @@ def test_the_live_picture_shows_every_reading(rich, config):
         "0.600",
         "step 3",
         "0.0180",
-        "δ 0.04",
+        "of 0.0240",
     ):
         assert part in picture
     for part in ("2.2 mean, 9 max", "25 % of tokens", "8,123 tokens/s", "21 ms", "learner 25 %, rollout 31 %"):
         assert part in picture
-    for part in ("1.31×", "lr 1.2e-04", "0.25 … 1", "evaluation after  3 s"):
+    for part in ("1.31×", "lr 1.2e-04", "0.7 … 1.5", "evaluation after  3 s"):
         assert part in picture
 
 
@@ -159,7 +160,7 @@ def test_the_live_view_leaves_a_record_and_a_closing_panel(rich):
     assert "✓ engine 1 of 1: loading" in text
     assert "12.3 s" in text
     assert "● accuracy before: 0.398 sampled" in text
-    assert "! λ is pinned at its ceiling 1.0" in text
+    assert "! λ is pinned at its ceiling 1.5" in text
     assert "toy: finished after 120 steps in 2:41" in text
     assert "0.398 → 0.842 sampled at temperature 1, 0.470 → 0.912 greedy (512 held-out prompts)" in text
     assert "118 weight loads, median pause 21 ms, longest 48 ms; canary gap 6e-06 at most" in text
@@ -215,6 +216,7 @@ def test_the_gauge_fills_half_at_the_budget():
     assert gauge.index("│") == gauge.rindex("━") + 1
     assert budget_text(1.0, 0.02).plain.count("━") == 20
     assert "━" not in budget_text(0.02, None).plain
+    assert "━" not in budget_text(0.02, 0.0).plain  # a batch without any signal
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61.6, "1:02"), (3599.6, "1:00:00"), (3723, "1:02:03")])

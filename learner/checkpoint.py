@@ -13,8 +13,8 @@ The run can be resumed at the newest ``keep_checkpoints`` (`resumable`): the sto
 good beside them (``keep_every``) are weights to look at, and places from which `replay-step` begins.
 
 All ranks must see the same file system. The files of DeepSpeed are pickles: `pickles.py` refuses any that DeepSpeed
-did not write before they are loaded, and are checked as they are read. `trainer.json` is plain JSON: a digit that changed
-there would be a silent wrong number, hence its checksum.
+did not write before they are loaded, and PyTorch checks their bytes. `trainer.json` is plain JSON: a digit that
+changed in it would be a silent wrong number, hence its checksum.
 """
 
 from __future__ import annotations

@@ -76,15 +76,13 @@ class LearnerTrainer:
         temperature: float,
         max_lag: int,
         max_replay_lag: int,
-        off_policy: bool,
         exact_engine: bool,
         seed: int,
         canary_text: str = "",
     ) -> None:
         """``temperature`` is that of sampling; ``max_lag`` and ``max_replay_lag`` bound fresh and stale tokens.
 
-        ``off_policy`` says whether tokens may be stale or lag (it decides the gate where that is ``auto``);
-        ``exact_engine`` that the rollout engine computes in the learner's type, so that behaviour log-probs of the
+        ``exact_engine`` says that the rollout engine computes in the learner's type, so that behaviour log-probs of the
         current version serve as proximal ones; ``seed`` is that of the split into minibatches;
         ``canary_text`` a prompt of the task, by which engines prove that they hold the right weights.
         """
@@ -95,7 +93,7 @@ class LearnerTrainer:
         """The next learner step, and the version of the weights."""
         self.num_optimizer_steps = 0
         self._config, self._algorithm, self._model_path = config, algorithm, model_path
-        self._objective = objective(algorithm, gated=algorithm.is_gated(off_policy=off_policy))
+        self._objective = objective(algorithm)
         self._temperature, self._seed, self._exact_engine = temperature, seed, exact_engine
         self._max_lag, self._max_replay_lag = max_lag, max_replay_lag
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)

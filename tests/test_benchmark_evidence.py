@@ -162,7 +162,6 @@ def test_a_learner_step_is_that_of_the_reference_trainer(algorithm):
     reference = ReferenceTrainer(
         AsCausalModel(twin),
         algorithm=AlgorithmConfig(**algorithm),
-        off_policy=True,
         lr=setting.lr,
         warmup_steps=WARMUP_STEPS,
         weight_decay=0.0,

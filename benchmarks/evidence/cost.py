@@ -46,7 +46,6 @@ def cost_share() -> float:
         temperature=1.0,
         max_lag=LAG,
         max_replay_lag=LAG,
-        off_policy=True,
         exact_engine=True,
         seed=0,
     )
@@ -69,7 +68,7 @@ def cost_share() -> float:
 
 def _extras(layout: TrainingBatch, algorithm: AlgorithmConfig) -> float:
     """Seconds of objective, its gradient, second moment and diagnostics over all micro-batches of the step."""
-    loss = objective(algorithm, gated=True)
+    loss = objective(algorithm)
     diagnostics = LagDiagnostics(weight_cap=algorithm.weight_cap)
     seconds = 0.0
     for minibatch, ranks in enumerate(layout.train):

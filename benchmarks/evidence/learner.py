@@ -52,7 +52,7 @@ class Learner:
         config = setting.algorithm_config()
         self.model = model
         self._setting, self._config, self._budget = setting, config, Budget(config)
-        self._objective = objective(config, gated=config.is_gated(off_policy=setting.off_policy))
+        self._objective = objective(config)
         self._parameters = list(model.parameters())
         self._optimizer = torch.optim.AdamW(self._parameters, lr=setting.lr, betas=BETAS, weight_decay=0.0, fused=True)
         self.num_optimizer_steps = 0

@@ -47,7 +47,7 @@ ABLATIONS: Mapping[str, Method] = {
     "fixed λ": {**R2VPO, "dual": "fixed"},
     "additive dual": {**R2VPO, "dual": "additive"},
     "floor of λ at 0.25": {**R2VPO, "lambda_min": 0.25},
-    "no gate": {**R2VPO, "gate": "never"},
+    "no gate": {**R2VPO, "gate": False},
     "never ends early": {**R2VPO, "end_early": False},
     "sequence ratio": {**R2VPO, "name": "r2vpo_sequence"},
     "w at most 1": {**R2VPO, "weight_cap": 1.0},

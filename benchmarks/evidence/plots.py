@@ -59,7 +59,7 @@ def _gradient_weights(path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharex=True)
     for axis, advantage in zip(axes, (1.0, -1.0), strict=True):
         for name, settings in SHAPES.items():
-            loss = objective(AlgorithmConfig(**settings), gated=True)
+            loss = objective(AlgorithmConfig(**settings))
             weight = gradient_weight(loss, ratio.tolist(), advantage)
             axis.plot(ratio, weight, label=name, color=COLORS.get(name), lw=2.2 if name == OURS else 1.2)
         axis.axhline(0, color="#888888", lw=0.6)

@@ -63,11 +63,6 @@ class Setting:
         self.algorithm_config()
 
     @property
-    def off_policy(self) -> bool:
-        """Whether tokens may be stale or lag behind the learner; decides the gate where that is `auto`."""
-        return self.reuse > 1 or self.lag > 0
-
-    @property
     def id(self) -> str:
         """A name that depends on every value, also on those of the algorithm that are left at their defaults."""
         text = json.dumps({**asdict(self), "algorithm": asdict(self.algorithm_config())}, sort_keys=True)

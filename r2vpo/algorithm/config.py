@@ -47,8 +47,8 @@ class AlgorithmConfig:
     """Floor of λ under `dual: bounded`."""
     lambda_max: float = 1.5
     """Ceiling of λ under `dual: bounded`; λ pinned here means that the budget is infeasible."""
-    gate: str = "auto"
-    """`always` brakes only tokens that run away, `never` brakes all, `auto` is `always` with replay or lag."""
+    gate: bool = True
+    """Brake only tokens that run away where their advantage pushes them; false brakes all that have moved."""
     step_control: bool | None = None
     """Hold the mean of V at delta by scaling the step size; null means on for `r2vpo` and `r2vpo_sequence`."""
     end_early: bool | None = None
@@ -78,7 +78,6 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         require.one_of("algorithm.name", self.name, OBJECTIVES)
         require.one_of("algorithm.dual", self.dual, ("bounded", "additive", "fixed"))
-        require.one_of("algorithm.gate", self.gate, ("auto", "always", "never"))
         require.one_of("algorithm.advantage", self.advantage, ADVANTAGES)
         require.one_of("algorithm.loss_mean", self.loss_mean, ("token", "sequence", "constant"))
         require.positive("algorithm.delta", self.delta)
@@ -118,7 +117,3 @@ class AlgorithmConfig:
     def has_multiplier(self) -> bool:
         """Whether the objective has a penalty that λ multiplies."""
         return self.name in ("r2vpo", "r2vpo_sequence")
-
-    def is_gated(self, *, off_policy: bool) -> bool:
-        """Whether the penalty is gated, given that tokens may be stale (replay or lag) or not."""
-        return off_policy if self.gate == "auto" else self.gate == "always"

@@ -6,8 +6,8 @@
 once per optimiser step. Each bound has a reason that was measured. V is heavy-tailed, so it is capped and smoothed
 before it is compared: one token may not move λ for thousands of steps. V has a floor set by the step length, whatever λ
 is, so λ has a ceiling: an infeasible budget would otherwise drive it until the penalty replaces the objective. And a
-floor at which the brake still bites: where the step control holds the mean of V, λ would sink to any floor, and the tails
-that nothing else holds would be free.
+floor at which the brake still bites: where the step control holds the mean of V, λ would sink to any floor, and free
+the tails, which nothing else holds.
 
 λ pinned at its ceiling means that the budget is infeasible: lower the learning rate or raise δ, never the ceiling.
 

@@ -92,13 +92,12 @@ def second_moment_sum(tokens: TokenBatch) -> Tensor:
     return weighted(tokens, torch.expm1(log_u_N.clamp(-_MEASURED_LIMIT, _MEASURED_LIMIT)).square()).sum()
 
 
-def objective(config: AlgorithmConfig, *, gated: bool) -> Objective:
+def objective(config: AlgorithmConfig) -> Objective:
     """The loss that ``config.name`` and ``config.loss_mean`` ask for, as ``(tokens, denominator, lam) -> loss``.
 
-    ``gated`` is ``config.is_gated(off_policy=...)``; ``denominator`` is `loss_denominator` of the whole minibatch.
-    Objectives without a penalty ignore ``gated`` and ``lam``.
+    ``denominator`` is `loss_denominator` of the whole minibatch. Objectives without a penalty ignore ``lam``.
     """
-    base = _objective(config, gated=gated)
+    base = _objective(config)
     if config.loss_mean != "sequence":
         return base
     return lambda tokens, denominator, lam: base(per_trajectory(tokens), denominator, lam)
@@ -120,10 +119,10 @@ def loss_denominator(config: AlgorithmConfig, num_tokens: int, num_trajectories:
             return float(num_trajectories * config.loss_length)
 
 
-def _objective(config: AlgorithmConfig, *, gated: bool) -> Objective:
+def _objective(config: AlgorithmConfig) -> Objective:
     """The objective with its settings, for a plain sum over tokens."""
     clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
-    cap = {"weight_cap": config.weight_cap}
+    cap, gated = {"weight_cap": config.weight_cap}, config.gate
     named: dict[str, Objective] = {
         "r2vpo": partial(r2vpo, gated=gated, **cap),
         "r2vpo_sequence": partial(r2vpo_sequence, gated=gated, **cap),

@@ -60,7 +60,6 @@ class ReferenceTrainer:
         model: torch.nn.Module,
         *,
         algorithm: AlgorithmConfig,
-        off_policy: bool,
         lr: float,
         warmup_steps: int,
         weight_decay: float,
@@ -72,17 +71,16 @@ class ReferenceTrainer:
         seed: int,
         passes: int = 1,
     ) -> None:
-        """``off_policy`` says whether tokens may be stale or lag (it decides the gate where that is ``auto``).
+        """``lr`` is nominal: warm-up over ``warmup_steps`` optimiser steps and the step control scale it.
 
-        ``lr`` is nominal: warm-up over ``warmup_steps`` optimiser steps and the step control scale it. ``grad_clip`` is
-        the largest gradient norm, ``temperature`` that of sampling, ``seed`` that of the split into minibatches,
-        ``passes`` how often a learner step goes through its batch unless the budget ends it.
+        ``grad_clip`` is the largest gradient norm, ``temperature`` that of sampling, ``seed`` that of the split into
+        minibatches, ``passes`` how often a learner step goes through its batch unless the budget ends it.
         """
         self.model = model
         self.budget = Budget(algorithm)
         self.num_optimizer_steps = 0
         self._algorithm = algorithm
-        self._objective = objective(algorithm, gated=algorithm.is_gated(off_policy=off_policy))
+        self._objective = objective(algorithm)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self._lr, self._warmup_steps, self._grad_clip = lr, warmup_steps, grad_clip

@@ -277,12 +277,6 @@ class RunConfig:
         return self.replay.num_stale(self.learner.groups_per_step)
 
     @property
-    def off_policy(self) -> bool:
-        """Whether a trained token may be older than the learner's weights."""
-        windowed = self.replay.sample == "window" and self.replay.max_replay_lag > 0
-        return self.replay.max_lag > 0 or self.num_stale > 0 or windowed
-
-    @property
     def notes(self) -> tuple[str, ...]:
         """Sentences about settings that work, but not as one might expect."""
         notes: list[str] = []

@@ -76,7 +76,6 @@ class Learners:
             "temperature": config.rollout.temperature,
             "max_lag": config.replay.max_lag,
             "max_replay_lag": config.replay.max_replay_lag,
-            "off_policy": config.off_policy,
             "exact_engine": cluster.is_exact(config),
             "seed": config.seed,
             "canary_text": make_task(config.task, seed=config.seed).eval_prompt(0).text,

@@ -18,7 +18,6 @@ from r2vpo.algorithm.config import OBJECTIVES, AlgorithmConfig
         ({"loss_mean": "constant"}, "algorithm.loss_mean=constant with algorithm.loss_length=None"),
         ({"loss_length": 100}, "algorithm.loss_mean=token with algorithm.loss_length=100"),
         ({"loss_mean": "constant", "loss_length": 0}, "algorithm.loss_length=0"),
-        ({"gate": "sometimes"}, "algorithm.gate=sometimes"),
         ({"advantage": "median"}, "algorithm.advantage=median"),
         ({"delta": 0.0}, "algorithm.delta=0.0"),
         ({"weight_cap": 0.5}, "algorithm.weight_cap=0.5"),
@@ -29,14 +28,6 @@ from r2vpo.algorithm.config import OBJECTIVES, AlgorithmConfig
 def test_a_setting_that_cannot_work_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         AlgorithmConfig(**settings)
-
-
-@pytest.mark.parametrize(
-    ("gate", "off_policy", "gated"),
-    [("auto", False, False), ("auto", True, True), ("always", False, True), ("never", True, False)],
-)
-def test_the_gate_follows_replay_and_lag_unless_fixed(gate, off_policy, gated):
-    assert AlgorithmConfig(gate=gate).is_gated(off_policy=off_policy) is gated
 
 
 def test_the_bounds_of_lambda_bind_only_the_dual_that_has_them():

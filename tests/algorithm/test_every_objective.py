@@ -166,7 +166,7 @@ def test_draws_of_weight_1_are_bit_for_bit_those_without_a_weight(name, dtype):
 
 
 def loss_named(name, **settings):
-    return objective(AlgorithmConfig(name=name, **settings), gated=False)
+    return objective(AlgorithmConfig(name=name, **settings, gate=False))
 
 
 ON_POLICY = {"w": 1.0}

@@ -20,12 +20,12 @@ from r2vpo.algorithm.objectives import objective
     ],
 )
 def test_the_gradient_weight_by_ratio(name, expected):
-    loss = objective(AlgorithmConfig(name=name), gated=False)
+    loss = objective(AlgorithmConfig(name=name, gate=False))
     assert gradient_weight(loss, [0.5, 1.0, 1.1, 1.5, 2.0, 2.5], 1.0) == pytest.approx(expected, abs=1e-9)
 
 
 def test_lambda_sets_where_the_weight_is_zero():
-    loss = objective(AlgorithmConfig(), gated=True)
+    loss = objective(AlgorithmConfig())
     # u* = 1 + A/(2λ): 1 + 1/4 and 1 - 1/4
     assert gradient_weight(loss, [1.25], 1.0, lam=2.0) == pytest.approx([0.0], abs=1e-12)
     assert gradient_weight(loss, [0.75], -1.0, lam=2.0) == pytest.approx([0.0], abs=1e-12)

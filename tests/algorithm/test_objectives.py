@@ -149,7 +149,7 @@ def test_the_gate_of_a_sequence_looks_at_the_sequence_ratio():
 )
 def test_the_name_and_settings_of_the_config_choose_the_objective(name, expected):
     config = AlgorithmConfig(name=name, weight_cap=3.0, clip_high=0.3, tau_positive=2.0, m2_limit=0.1)
-    loss = objective(config, gated=True)(make_tokens([1.5], w=4.0), 1.0, 0.5)
+    loss = objective(config)(make_tokens([1.5], w=4.0), 1.0, 0.5)
     assert -loss.item() == pytest.approx(expected)
 
 
@@ -172,7 +172,7 @@ def test_the_denominator_counts_tokens_trajectories_or_their_fixed_length():
 def test_the_mean_decides_what_a_token_of_a_long_answer_weighs(name, settings, expected):
     config = AlgorithmConfig(name=name, **settings)
     tokens = make_tokens([1.0] * 4, advantage=[1.0, -1.0, -1.0, -1.0], sequence=[0, 1, 1, 1])
-    loss = objective(config, gated=False)(tokens, loss_denominator(config, 4, 2), 0.5)
+    loss = objective(config)(tokens, loss_denominator(config, 4, 2), 0.5)
     torch.testing.assert_close(gain_gradient(loss, tokens), values(*expected))
 
 
@@ -180,7 +180,7 @@ def test_a_mean_over_trajectories_keeps_the_weight_of_the_draw_and_leaves_v_alon
     config = AlgorithmConfig(loss_mean="sequence")
     tokens = make_tokens([1.5, 0.5, 1.0], draw_weight=[3.0, 3.0, 1.0], sequence=[0, 0, 1])
     # λ = 0: -(3·(1.5 + 0.5)/2 + 1)/2
-    assert objective(config, gated=False)(tokens, 2.0, 0.0).item() == pytest.approx(-2.0)
+    assert objective(config)(tokens, 2.0, 0.0).item() == pytest.approx(-2.0)
     assert second_moment_sum(tokens).item() == pytest.approx(3 * (0.25 + 0.25))
 
 
@@ -188,7 +188,7 @@ def test_a_mean_over_trajectories_needs_to_know_them():
     tokens = make_tokens([1.0])
     unknown = TokenBatch(**{**vars(tokens), "sequence_N": None})
     with pytest.raises(AssertionError, match=r"needs TokenBatch\.sequence_N"):
-        objective(AlgorithmConfig(loss_mean="sequence"), gated=False)(unknown, 1.0, 0.5)
+        objective(AlgorithmConfig(loss_mean="sequence", gate=False))(unknown, 1.0, 0.5)
 
 
 def test_a_draw_weight_multiplies_loss_gradient_and_second_moment_but_not_the_count_of_tokens():

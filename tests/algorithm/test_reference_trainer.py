@@ -14,7 +14,6 @@ from r2vpo.algorithm.reference import ReferenceTrainer
 from r2vpo.records import Outcome
 
 SETTINGS = {
-    "off_policy": False,
     "lr": 0.1,
     "warmup_steps": 0,
     "weight_decay": 0.0,
@@ -147,7 +146,7 @@ def test_m2po_masks_by_the_whole_minibatch_not_by_trajectory(make_batch, make_tr
     for limit, kept in ((0.04, (1, 0, 1)), (0.06, (1, 1, 1))):
         trained = Bigram()
         algorithm = AlgorithmConfig(name="m2po", m2_limit=limit, advantage="mean")
-        result = make_trainer(trained, algorithm=algorithm, off_policy=True).step(make_batch([old], step=1, stale={0}))
+        result = make_trainer(trained, algorithm=algorithm).step(make_batch([old], step=1, stale={0}))
         ratios = np.exp([0.1, 0.3, 5.0])
         weights = [[a * r * m for a, r, m in zip(advantages[0], ratios, kept, strict=True)]]
         expected = policy_gradient(Bigram().table, [old], weights, num_tokens=3)
@@ -238,18 +237,15 @@ def test_the_scale_of_a_step_multiplies_the_next_learning_rate(make_batch, make_
     assert (model.table - Bigram().table).abs().max().item() == pytest.approx(0.02, rel=1e-3)
 
 
-def test_the_gate_is_off_on_policy_and_on_with_replay_or_lag(make_batch, make_trajectory):
+def test_the_gate_can_be_left_out(make_batch, make_trajectory):
     groups = [sample_group(Bigram(), make_trajectory, [1.0, 0.0], seed=g) for g in range(2)]
 
-    def losses(gate, off_policy):
-        trainer = make_trainer(
-            Bigram(), algorithm=AlgorithmConfig(gate=gate), off_policy=off_policy, minibatches=2, lr=0.1
-        )
+    def losses(**settings):
+        trainer = make_trainer(Bigram(), algorithm=AlgorithmConfig(**settings), minibatches=2, lr=0.1)
         return trainer.step(make_batch(groups))["losses"]
 
-    assert losses("auto", True) == losses("always", False)
-    assert losses("auto", False) == losses("never", True)
-    assert losses("auto", True) != losses("auto", False)
+    assert losses() == losses(gate=True)
+    assert losses() != losses(gate=False)
 
 
 def test_the_seed_decides_the_minibatches(make_batch, make_trajectory):
@@ -261,7 +257,7 @@ def test_the_seed_decides_the_minibatches(make_batch, make_trajectory):
 def test_stale_trajectories_are_judged_against_the_policy_at_the_start_of_the_step(make_batch, make_trajectory):
     model = Bigram()
     old = sample_group(Bigram(seed=9), make_trajectory, [1.0, 0.0], seed=4, version=0)
-    result = make_trainer(model, off_policy=True).step(make_batch([old], step=3, stale={0}))
+    result = make_trainer(model).step(make_batch([old], step=3, stale={0}))
     # u = 1 exactly, although behaviour and current policy differ: V = 0 and the loss is -(1/N) Σ w·A with w ≤ 2
     assert result["second_moment"] == 0.0
     weights = [np.minimum(np.exp(Bigram().logprobs(t.token_ids_T) - t.behavior_logprob_T[1:]), 2.0).sum() for t in old]
@@ -272,7 +268,7 @@ def test_stale_trajectories_are_judged_against_the_policy_at_the_start_of_the_st
 def test_the_proximal_logprobs_do_not_follow_the_minibatches(make_batch, make_trajectory):
     model = Bigram()
     groups = [sample_group(model, make_trajectory, [1.0, 0.0], seed=g) for g in range(2)]
-    result = make_trainer(model, minibatches=2, off_policy=True).step(make_batch(groups, step=1, stale={0, 1}))
+    result = make_trainer(model, minibatches=2).step(make_batch(groups, step=1, stale={0, 1}))
     assert result["second_moments"][0] == 0.0
     assert result["second_moments"][1] > 1e-4  # measured against the start, after one optimiser step
 
@@ -303,7 +299,7 @@ def test_a_draw_of_weight_3_moves_the_policy_like_three_draws_of_the_same_group(
     for groups, weights in (([old[0], old[1]], {1: 3.0}), ([old[0], old[1], old[1], old[1]], None)):
         model = Bigram()
         batch = make_batch(groups, step=3, stale=range(len(groups)), weights=weights)
-        result = make_trainer(model, off_policy=True, betas=(0.0, 0.0), eps=1e6, grad_clip=1e9, lr=1e6).step(batch)
+        result = make_trainer(model, betas=(0.0, 0.0), eps=1e6, grad_clip=1e9, lr=1e6).step(batch)
         losses.append(result["loss"])
         tables.append(model.table.detach() - Bigram().table.detach())
     assert losses[0] == pytest.approx(2 * losses[1], rel=1e-5)
@@ -317,7 +313,7 @@ def test_the_budget_counts_a_group_by_the_weight_of_its_draw(make_batch, make_tr
 
     def second_moments(weight):
         batch = make_batch(groups, step=1, stale={0, 1}, weights={0: weight, 1: weight})
-        trainer = make_trainer(Bigram(), minibatches=2, off_policy=True, eps=1e-12, grad_clip=1e9)
+        trainer = make_trainer(Bigram(), minibatches=2, eps=1e-12, grad_clip=1e9)
         return trainer.step(batch)["second_moments"]
 
     # Adam's first step does not depend on the length of the gradient, so that u is the same: V is 2.5 times as large.
@@ -378,6 +374,6 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(make_batch, make_trajector
     for _ in range(2):
         model = Bigram()
         groups = [sample_group(model, make_trajectory, [1.0, 0.0], seed=g) for g in range(5)]
-        trainer = make_trainer(model, minibatches=3, off_policy=True)
+        trainer = make_trainer(model, minibatches=3)
         runs.append([trainer.step(make_batch(groups, step=step, stale={3, 4})) for step in range(3)])
     assert runs[0] == runs[1]

@@ -8,13 +8,13 @@ from r2vpo.algorithm.config import OBJECTIVES, AlgorithmConfig
 from r2vpo.algorithm.objectives import objective
 from r2vpo.algorithm.tokens import TokenBatch
 
-ALL = {name: objective(AlgorithmConfig(name=name), gated=False) for name in OBJECTIVES}
-ALL["r2vpo_gated"] = objective(AlgorithmConfig(name="r2vpo"), gated=True)
-ALL["r2vpo_sequence_gated"] = objective(AlgorithmConfig(name="r2vpo_sequence"), gated=True)
+ALL = {name: objective(AlgorithmConfig(name=name, gate=False)) for name in OBJECTIVES}
+ALL["r2vpo_gated"] = objective(AlgorithmConfig(name="r2vpo"))
+ALL["r2vpo_sequence_gated"] = objective(AlgorithmConfig(name="r2vpo_sequence"))
 """The objectives with default settings, as a sum over tokens."""
 
 OVER_TRAJECTORIES = {
-    name: objective(AlgorithmConfig(name=name, loss_mean="sequence"), gated=False) for name in OBJECTIVES
+    name: objective(AlgorithmConfig(name=name, loss_mean="sequence", gate=False)) for name in OBJECTIVES
 }
 """The same as a sum over trajectories of their token means."""
 

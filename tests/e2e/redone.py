@@ -63,7 +63,6 @@ def make_reference(config: RunConfig, model: torch.nn.Module) -> ReferenceTraine
     return ReferenceTrainer(
         model,
         algorithm=config.algorithm,
-        off_policy=config.off_policy,
         lr=config.learner.lr,
         warmup_steps=config.learner.warmup_steps,
         weight_decay=config.learner.weight_decay,

@@ -229,16 +229,6 @@ def test_paths_of_further_sets_are_found_like_the_others(load, tmp_path):
     }
 
 
-def test_off_policy_means_lag_or_stale_groups(load):
-    assert load().off_policy
-    assert load("", "replay.max_lag=0").off_policy
-    assert load("", "replay.stale_fraction=0").off_policy
-    assert not load("", "replay.max_lag=0", "replay.stale_fraction=0").off_policy
-    assert not load("", "replay.max_lag=0", "replay.sample=fresh").off_policy
-    # a window draws old groups also where it takes as many new ones per step as it trains on
-    assert load("", "replay.max_lag=0", "replay.sample=window", "replay.samples_per_insert=1").off_policy
-
-
 def test_settings_that_do_less_than_one_thinks_are_noted(load):
     # 16 fresh groups a step and max_lag 2: at most 48 groups under way, 1 × 8 slots
     assert load().notes == ()

@@ -87,7 +87,6 @@ def make_trainer(model: Path, *, algorithm: AlgorithmConfig | None = None, exact
         temperature=0.8,
         max_lag=3,
         max_replay_lag=3,
-        off_policy=True,
         exact_engine=exact,
         seed=3,
     )
@@ -117,7 +116,6 @@ def reference(directory: Path, **settings):
     other = ReferenceTrainer(
         model,
         algorithm=algorithm,
-        off_policy=True,
         lr=CONFIG.lr,
         warmup_steps=CONFIG.warmup_steps,
         weight_decay=CONFIG.weight_decay,

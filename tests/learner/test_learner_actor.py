@@ -63,7 +63,6 @@ def test_two_ranks_train_publish_and_save_as_ray_actors(tmp_path):
         "temperature": 1.0,
         "max_lag": 2,
         "max_replay_lag": 4,
-        "off_policy": True,
         "exact_engine": True,
         "seed": 0,
     }

@@ -171,7 +171,7 @@ def test_a_step_that_is_not_finite_moves_nothing_in_bfloat16(one_rank):
 def assert_survived(result):
     assert result["bad_steps"] == 1
     assert result["unchanged"] == 0
-    assert result["after_bad"] == [0, 0.5, 1.0, 1]  # optimiser steps, λ, s, version
+    assert result["after_bad"] == [0, 1.0, 1.0, 1]  # optimiser steps, λ, s, version
     assert "step/loss" not in result["keys"]
     assert result["bad_steps_then"] == 0
     assert result["moved_then"] > 1e-5
@@ -233,7 +233,7 @@ def test_with_a_learning_rate_of_0_nothing_moves_and_no_actuator_acts(one_rank, 
     result = one_rank[f"control-zero{stage}"]
     assert result["moved"] == 0
     assert result["second_moment"] < 1e-10  # rounding: the two forward passes are packed differently
-    assert (result["scale"], result["lambda"], result["lr"]) == (1, 0.5, 0)
+    assert (result["scale"], result["lambda"], result["lr"]) == (1, 1.0, 0)
     assert result["optimizer_steps"] == [6, 6, 6, 6]  # 3 minibatches, twice
 
 

@@ -10,7 +10,7 @@ from r2vpo.algorithm.objectives import Objective
 from r2vpo.algorithm.tokens import TokenBatch
 
 
-def gradient_weight(objective: Objective, ratio: Sequence[float], advantage: float, *, lam: float = 0.5) -> list[float]:
+def gradient_weight(objective: Objective, ratio: Sequence[float], advantage: float, *, lam: float = 1.0) -> list[float]:
     """d(-loss)/d(logp) of one token, for each of K ratios (positive), at a denominator of 1: ``[K]``, by autograd.
 
     Each token is a trajectory, sampled by the proximal policy: u = ρ and w = 1. ``lam`` is λ. The K tokens are one

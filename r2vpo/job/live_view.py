@@ -234,4 +234,4 @@ def budget_text(second_moment: float | None, budget: float | None) -> Text:
         if cell == GAUGE_WIDTH // 2:
             text.append("│", style="bold")
         text.append("━" if cell < filled else "─", style=color if cell < filled else "dim")
-    return text.append(f" of {budget:.4f}", style="dim")
+    return text.append(f" of {budget:.2g}", style="dim")

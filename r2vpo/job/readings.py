@@ -90,7 +90,7 @@ def evaluation_text(label: str, accuracy: float, greedy: float, num_prompts: int
 def step_text(seen: Progress) -> str:
     """A step in one line."""
     metrics = seen.metrics
-    budget = "" if seen.budget is None else f"/{seen.budget:.4f}"
+    budget = "" if seen.budget is None else f"/{seen.budget:.2g}"
     parts = [
         f"step {seen.step:>{len(str(seen.total))}}/{seen.total}",
         f"reward {shown(number(metrics, 'train/reward_mean'), '.3f')}",

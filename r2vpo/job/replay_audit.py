@@ -170,10 +170,7 @@ def _state_of(path: Path) -> dict[str, Any]:
     content = (path / "trainer.json").read_bytes()
     if crc32(content) != checksum:
         raise ValueError("the checksum of its trainer.json differs")
-    state = json.loads(content)
-    if not isinstance(state, dict):
-        raise ValueError("its trainer.json is none")
-    return state
+    return json.loads(content)
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

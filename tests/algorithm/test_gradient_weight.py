@@ -21,7 +21,7 @@ from r2vpo.algorithm.objectives import objective
 )
 def test_the_gradient_weight_by_ratio(name, expected):
     loss = objective(AlgorithmConfig(name=name, gate=False))
-    assert gradient_weight(loss, [0.5, 1.0, 1.1, 1.5, 2.0, 2.5], 1.0) == pytest.approx(expected, abs=1e-9)
+    assert gradient_weight(loss, [0.5, 1.0, 1.1, 1.5, 2.0, 2.5], 1.0, lam=0.5) == pytest.approx(expected, abs=1e-9)
 
 
 def test_lambda_sets_where_the_weight_is_zero():

@@ -102,7 +102,7 @@ def test_plain_lines_say_everything_once(plain):
     assert "[0:12] evaluation before" in lines
     assert "accuracy before: 0.398 sampled, 0.470 greedy, on 512 held-out prompts" in lines
     [third] = [line for line in lines if line.startswith("step   3/120")]
-    for part in ("reward 0.512", "accuracy 0.600", "V 0.0180/0.0240", "λ 0.47", "scale 1.31", "lag 2.2 (max 9)"):
+    for part in ("reward 0.512", "accuracy 0.600", "V 0.0180/0.024", "λ 0.47", "scale 1.31", "lag 2.2 (max 9)"):
         assert part in third
     for part in ("stale 25 %", "8,123 tokens/s", "sync 21 ms"):  # 100 of 400 tokens
         assert part in third
@@ -144,7 +144,7 @@ def test_the_live_picture_shows_every_reading(rich, config):
         "0.600",
         "step 3",
         "0.0180",
-        "of 0.0240",
+        "of 0.024",
     ):
         assert part in picture
     for part in ("2.2 mean, 9 max", "25 % of tokens", "8,123 tokens/s", "21 ms", "learner 25 %, rollout 31 %"):

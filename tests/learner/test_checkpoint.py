@@ -184,6 +184,13 @@ def test_the_state_of_a_checkpoint_that_is_removed_meanwhile_is_refused_as_such(
         checkpoint.read_state(path)
 
 
+def test_a_state_without_a_version_is_refused(tmp_path):
+    checkpoint.begin(tmp_path, 50)
+    path = checkpoint.commit(tmp_path, 50, {"ranks": 1})
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"trainer.json is damaged \(no version in it\)"):
+        checkpoint.read_state(path)
+
+
 DAMAGES = {
     "weights is damaged (it is missing)": lambda path: (path / "weights").unlink(),
     "weights is damaged (7 bytes instead of 13)": lambda path: os.truncate(path / "weights", 7),

@@ -156,20 +156,21 @@ def _points(
 
 
 def _actuators(found: Results, path: Path) -> None:
-    """V, s and λ of one run with replay, over its learner steps."""
+    """V, s and λ of the runs with replay, over their learner steps."""
     runs = found.main(with_replay(found.scale, TUNED_ON), OURS)
     if not runs:
         return
     figure, axes = plt.subplots(1, 3, figsize=(9, 2.6))
-    delta = AlgorithmConfig().delta
+    config = AlgorithmConfig()
     for run in runs:
         curve = run["curve"]
         for axis, key in zip(axes, ("second_moment", "step_scale", "lam"), strict=True):
             axis.plot(curve[key], color=COLORS[OURS], lw=1, alpha=0.7)
-    axes[0].axhline(delta, color="#888888", lw=0.8, ls="--")
+    for axis, bound in zip(axes[[0, 2, 2]], (config.delta, config.lambda_min, config.lambda_max), strict=True):
+        axis.axhline(bound, color="#888888", lw=0.8, ls="--")
     axes[0].set(yscale="log", title="V (dashed: δ)", xlabel="learner step")
     axes[1].set(yscale="log", title="step scale s", xlabel="learner step")
-    axes[2].set(title="multiplier λ", xlabel="learner step", ylim=(0, 1.1))
+    axes[2].set(title="λ (dashed: bounds)", xlabel="learner step", ylim=(0, None))
     _save(figure, path)
 
 

@@ -24,7 +24,7 @@ OBJECTIVES = (
 ADVANTAGES = ("mean_std", "mean", "leave_one_out", "batch_whitened")
 """Names of the advantages."""
 
-BRAKES = ("saturating", "gated", "everywhere")
+BRAKES = ("asymmetric", "saturating", "gated", "everywhere")
 """Names of what λ does to a token that has moved."""
 
 
@@ -50,9 +50,10 @@ class AlgorithmConfig:
     """Floor of λ under `dual: bounded`."""
     lambda_max: float = 1.5
     """Ceiling of λ under `dual: bounded`; λ pinned here means that the budget is infeasible."""
-    brake: str = "saturating"
-    """How λ brakes a token: `saturating`: only where it moves as its advantage pushes it, until it has no gradient
-    left; `gated`: the same, and beyond that point it is pulled back; `everywhere`: every token that has moved."""
+    brake: str = "asymmetric"
+    """How λ brakes a token: `gated`: only where it moves as its advantage pushes it; beyond the point where it has no
+    gradient left it is pulled back. `asymmetric`: there a token that has risen is let go, and only one that has fallen
+    is pulled back; `saturating`: both are let go. `everywhere`: every token that has moved."""
     step_control: bool | None = None
     """Hold the mean of V at delta by scaling the step size; null means on for `r2vpo` and `r2vpo_sequence`."""
     end_early: bool | None = None

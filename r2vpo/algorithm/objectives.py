@@ -61,8 +61,11 @@ def r2vpo(tokens: TokenBatch, denominator: float, lam: float | Tensor, *, brake:
     is zero at u* = 1 + w·A / (2·λ). The gate g, a constant, is 1[A·(u - 1) > 0]: like a clip it brakes only tokens
     that move where their advantage pushes them. ``brake`` says what happens beyond u*:
 
-    - ``saturating``: the gain keeps the value that it has at u*, its largest, and the token has no gradient;
-    - ``gated``: the penalty grows on, and pulls back;
+    - ``asymmetric``: a token that has risen (A > 0) is let go: its gain keeps the value that it has at u*, its
+      largest, and it has no gradient. One that has fallen is pulled back: its penalty grows on. Upwards that pull
+      would grow like u², downwards it is λ/2 at most;
+    - ``saturating``: both are let go;
+    - ``gated``: both are pulled back;
     - ``everywhere``: the same, with g = 1 for all tokens.
 
     Source: the Lagrangian of max E[w·u·A] subject to E[(u - 1)²] ≤ δ, after arXiv 2601.03320 (estimators are our own).
@@ -144,13 +147,15 @@ def _objective(config: AlgorithmConfig) -> Objective:
 
 
 def _braked(tokens: TokenBatch, excess_N: Tensor, weight_N: Tensor, lam: float | Tensor, brake: str) -> Tensor:
-    """``w·(1 + x)·A - λ·g·x²`` for x = u - 1; with a ``saturating`` brake, for x no farther than its maximum."""
+    """``w·(1 + x)·A - λ·g·x²`` for x = u - 1, where tokens are let go for x no farther than its maximum."""
     push_N = weight_N * tokens.advantage_N
     if brake == "everywhere":
         return push_N * (1 + excess_N) - lam * excess_N.square()
     x_N = excess_N.detach()
     runs_away_N = tokens.advantage_N * x_N > 0
-    if brake == "saturating":
-        is_beyond_N = runs_away_N & (2 * lam * x_N.abs() > push_N.abs())
-        excess_N = torch.where(is_beyond_N, push_N / (2 * lam), excess_N)
+    if brake != "gated":
+        is_let_go_N = runs_away_N & (2 * lam * x_N.abs() > push_N.abs())
+        if brake == "asymmetric":
+            is_let_go_N &= x_N > 0
+        excess_N = torch.where(is_let_go_N, push_N / (2 * lam), excess_N)
     return push_N * (1 + excess_N) - lam * runs_away_N * excess_N.square()

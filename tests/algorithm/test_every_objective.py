@@ -23,7 +23,7 @@ KEEP = [True, False, True, True, False, True]
 STOPPED = ("cispo", "truncated_is")
 """Their gradient is not that of their value: the ratio is a constant weight of logp."""
 OF_VALUE_A = (
-    *("r2vpo", "r2vpo_gated", "r2vpo_saturating", "r2vpo_sequence"),
+    *("r2vpo", *GATED, "r2vpo_sequence"),
     *("grpo", "grpo_decoupled", "gspo", "spo", "m2po", "plain_is"),
 )
 """Those whose loss at u = 1 and lag 0 is the mean of -A."""

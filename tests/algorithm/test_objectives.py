@@ -61,9 +61,27 @@ def singly(tokens):
     ]
 
 
-def test_short_of_u_star_a_saturating_brake_is_the_gated_one():
+def test_an_asymmetric_brake_lets_go_what_has_risen_and_pulls_back_what_has_fallen():
+    tokens = make_tokens([4.0, 0.1, 0.6], w=[1.5, 1.0, 1.0], advantage=[1.0, -0.5, -0.5])
+    loss = r2vpo(tokens, 1, 0.5, brake="asymmetric", weight_cap=2.0)
+    # risen beyond u* = 2.5: the gain there; fallen below u* = 0.5: -0.05 - 0.5·0.9²; not yet: -0.3 - 0.5·0.4²
+    assert loss.item() == pytest.approx(-(2.625 - 0.455 - 0.38))
+    # none; 0.1·(-0.5 + 0.9); 0.6·(-0.5 + 0.4)
+    torch.testing.assert_close(gain_gradient(loss, tokens), values(0.0, 0.04, -0.06))
+
+
+def test_what_has_fallen_is_pulled_back_with_half_of_lambda_at_most():
+    tokens = make_tokens([u / 100 for u in range(1, 100)], advantage=-1e-9)
+    pull = gain_gradient(r2vpo(tokens, 1, 3.0, brake="asymmetric", weight_cap=2.0), tokens)
+    # u·2λ(1 - u) is largest at u = 1/2
+    assert pull.argmax().item() == 49
+    assert pull.max().item() == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("brake", ["asymmetric", "saturating"])
+def test_short_of_u_star_every_brake_with_a_gate_is_the_same(brake):
     tokens = make_tokens([1.4, 0.7, 1.3, 0.6, 1.2], w=[2.0, 1.0, 0.5, 1.0, 1.0], advantage=[1.0, 1.0, 2.0, -1.0, 0.0])
-    losses = [r2vpo(tokens, 3, 0.7, brake=brake, weight_cap=2.0) for brake in ("saturating", "gated")]
+    losses = [r2vpo(tokens, 3, 0.7, brake=which, weight_cap=2.0) for which in (brake, "gated")]
     assert losses[0].item() == losses[1].item()
     assert torch.equal(*(gain_gradient(loss, tokens) for loss in losses))
 

@@ -244,7 +244,7 @@ def test_the_brake_can_be_chosen(make_batch, make_trajectory):
         trainer = make_trainer(Bigram(), algorithm=AlgorithmConfig(**settings), minibatches=2, lr=0.1)
         return trainer.step(make_batch(groups))["losses"]
 
-    assert losses() == losses(brake="saturating")
+    assert losses() == losses(brake="asymmetric")
     assert losses() != losses(brake="everywhere")
 
 

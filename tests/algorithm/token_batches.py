@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from r2vpo.algorithm.config import OBJECTIVES, AlgorithmConfig
+from r2vpo.algorithm.config import BRAKES, OBJECTIVES, AlgorithmConfig
 from r2vpo.algorithm.objectives import objective
 from r2vpo.algorithm.tokens import TokenBatch
 
 ALL = {name: objective(AlgorithmConfig(name=name, brake="everywhere")) for name in OBJECTIVES}
-GATED = tuple(f"{name}_{brake}" for name in ("r2vpo", "r2vpo_sequence") for brake in ("gated", "saturating"))
+GATED = tuple(f"{name}_{brake}" for name in ("r2vpo", "r2vpo_sequence") for brake in BRAKES[:-1])
 for name in GATED:
     the_name, _, brake = name.rpartition("_")
     ALL[name] = objective(AlgorithmConfig(name=the_name, brake=brake))

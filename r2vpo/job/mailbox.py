@@ -35,7 +35,9 @@ COMMANDS: Mapping[str, Mapping[str, type]] = {
     "checkpoint": {},
     "stop": {},
 }
-"""What a run can be told: every command's arguments."""
+"""What a run can be told: the arguments of every command."""
+OPTIONAL: Mapping[str, Mapping[str, type]] = {"scale": {"pool": str}}
+"""Arguments that may be left out."""
 
 Handle = Callable[[str, Mapping[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -149,7 +151,10 @@ def _check(command: object, arguments: Mapping[str, Any]) -> None:
     """``ConfigError`` unless this is a command with its arguments."""
     if not isinstance(command, str) or command not in COMMANDS:
         raise ConfigError(f"there is no command {command}; a run can be told {', '.join(COMMANDS)}")
-    wanted = COMMANDS[command]
-    if arguments.keys() != wanted.keys() or any(type(arguments[key]) is not kind for key, kind in wanted.items()):
+    wanted, optional = COMMANDS[command], OPTIONAL.get(command, {})
+    known = {**wanted, **optional}
+    is_complete = wanted.keys() <= arguments.keys() <= known.keys()
+    if not is_complete or any(type(value) is not known[key] for key, value in arguments.items()):
         takes = ", ".join(f"{key} ({kind.__name__})" for key, kind in wanted.items()) or "nothing"
+        takes += "".join(f", perhaps {key} ({kind.__name__})" for key, kind in optional.items())
         raise ConfigError(f"{command} takes {takes}, and was given {json.dumps(dict(arguments))}")

@@ -146,8 +146,10 @@ class Nodes:
         options = (f"--port={self._port}", f"--temp-dir={home}", "--include-dashboard=false")
         return self._start("--head", *options, **resources)
 
-    def join(self, *, island: Island | None = None, **resources: float) -> RayNode:
-        return self._start(f"--address={self.address}", island=island, **resources)
+    def join(self, *labels: str, island: Island | None = None, **resources: float) -> RayNode:
+        """A node with ``labels`` such as ``market=spot``; ``cpus`` and any others are its resources."""
+        said = [f"--labels={','.join(labels)}"] if labels else []
+        return self._start(f"--address={self.address}", *said, island=island, **resources)
 
     def _start(self, *argv: str, island: Island | None = None, **resources: float) -> RayNode:
         address = island.address if island else self._host

@@ -119,5 +119,36 @@ def test_a_node_is_cut_off_for_longer_than_the_heartbeat_and_comes_back(tmp_path
     assert (summary["restarts"]["learner"], summary["restarts"]["job"]) == (0, 0)
 
 
+def test_a_pool_of_rented_machines_is_scaled_dies_and_comes_back(tmp_path: Path, capsys):
+    """One pool that asks for a resource, and one that asks for labelled nodes, whose deaths are expected."""
+    rented_ask = "rented: {workers: 1, labels: {market: spot}, spot: true}"
+    pools = f"rollout.pools={{own: {{workers: 1, resources: {{own: 1}}}}, {rented_ask}}}"
+    with ray_nodes() as nodes:
+        nodes.head(learner=1, own=1)
+        rented = nodes.join("market=spot", rollout=2)
+        run = start(tmp_path, nodes, pools, "supervisor.max_restarts=1")
+        await_serving(run, 2)
+        homes = {worker.pool: worker.node_id for worker in serving(run)}
+        assert homes.keys() == {"own", "rented"}
+        assert homes["own"] != homes["rented"]
+        assert main(["scale", str(run.folder), "--rollout", "2", "--pool", "rented"]) == 0
+        await_serving(run, 3)
+        assert [w.node_id for w in serving(run) if w.pool == "rented"] == [homes["rented"]] * 2
+        rented.kill()  # two deaths at once, where one is allowed
+        run.await_output("machines of its pool come and go")
+        run.await_steps(len(run.steps()) + 2)
+        nodes.join(rollout=2)  # a machine that is not one of them
+        until(lambda: all(w.state == "starting" for w in rented_workers(run)), "two that wait for a machine")
+        nodes.join("market=spot", rollout=2)
+        await_serving(run, 3)
+        assert {w.node_id for w in rented_workers(run)}.isdisjoint(homes.values())
+        summary = check_end(run, capsys)
+    assert summary["restarts"] == {"rollout": 2, "learner": 0, "shard": 0, "job": 0}
+
+
+def rented_workers(run: Run) -> list[ComponentStatus]:
+    return [worker for worker in components(run, "rollout") if worker.pool == "rented"]
+
+
 def start(folder: Path, nodes: Nodes, *settings: str) -> Run:
     return Run(folder, *SETTINGS, f"ray.address={nodes.address}", *settings)

@@ -64,7 +64,8 @@ async def test_a_command_reaches_the_driver_and_its_answer_comes_back(run):
     driver = Driver()
     async with serving(run, driver):
         assert await ask(run, "scale", rollout=3) == {"command": "scale", "rollout": 3}
-    assert driver.told == [("scale", {"rollout": 3})]
+        assert await ask(run, "scale", rollout=2, pool="rented") == {"command": "scale", "rollout": 2, "pool": "rented"}
+    assert driver.told == [("scale", {"rollout": 3}), ("scale", {"rollout": 2, "pool": "rented"})]
     assert list(run.control.iterdir()) == []
 
 
@@ -102,8 +103,11 @@ async def test_an_error_that_is_nobody_s_fault_but_the_program_s_ends_the_servin
     ("command", "arguments", "message"),
     [
         ("explode", {}, r"there is no command explode; a run can be told scale, drain, checkpoint, stop"),
-        ("scale", {}, r"scale takes rollout \(int\), and was given \{\}"),
-        ("scale", {"rollout": "3"}, r'scale takes rollout \(int\), and was given \{"rollout": "3"\}'),
+        ("scale", {}, r"scale takes rollout \(int\), perhaps pool \(str\), and was given \{\}"),
+        ("scale", {"rollout": "3"}, r'perhaps pool \(str\), and was given \{"rollout": "3"\}'),
+        ("scale", {"rollout": 3, "pool": 1}, r"scale takes rollout \(int\), perhaps pool \(str\)"),
+        ("scale", {"pool": "rented"}, r"scale takes rollout \(int\)"),
+        ("scale", {"rollout": 3, "to": 1}, r"scale takes rollout \(int\)"),
         ("scale", {"rollout": True}, r"scale takes rollout \(int\)"),
         ("stop", {"now": 1}, r"stop takes nothing, and was given"),
     ],

@@ -13,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
 from r2vpo.records import (
     Evaluation,
@@ -37,6 +38,8 @@ ASK_S = 5.0
 """Longest single wait for a lease or a manifest (seconds); the loops ask again, so it bounds only one call."""
 SUPERSEDED_S = 0.5
 """Before the next question for weights that were gone when they were fetched (seconds)."""
+LET_GO_S = 5.0
+"""Longest wait for cancelled work to end (seconds)."""
 REASONS = 50
 """Different reasons for missing rewards that a worker writes down."""
 
@@ -105,9 +108,7 @@ class RolloutWorker:
                 for wait in done:
                     wait.result()
         finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+            await _let_go(waits)
             await self._discard_in_flight()
             self._waits_for = "nothing: it has stopped"
 
@@ -284,9 +285,7 @@ class RolloutWorker:
     async def _discard_in_flight(self) -> None:
         """Cancel every group task and give its prompt back."""
         tasks, self._tasks = self._tasks, {}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _let_go(tasks)
         self._clock.set_busy(False)
         if tasks:
             await self._prompts.release(worker=self.name, keys=tuple(lease.key for lease in tasks.values()))
@@ -313,6 +312,20 @@ class RolloutWorker:
         scored = await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts)))
         rewards = [reward for reward in scored if reward is not None]
         return (sum(rewards) / len(rewards) if rewards else float("nan")), len(rewards)
+
+
+async def _let_go(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancel all, and wait until they have ended, but not for long.
+
+    Whoever is cancelled in the middle of a load first asks the engine to resume, and one that is stopped never answers.
+    """
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        done, _ = await asyncio.wait(tasks, timeout=LET_GO_S)
+        for task in done:
+            if not task.cancelled():
+                task.exception()  # nobody asks for it any more
 
 
 class BusyClock:

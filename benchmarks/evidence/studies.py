@@ -30,8 +30,8 @@ LAGS = (0, 1, 4, 16, 64, 256)
 DELTAS = (0.002, 0.01, 0.02, 0.04, 0.08, 0.2)
 REUSE = 8
 """Learner steps that train on a group on average."""
-AGES_PER_USE = 2
-"""Largest age of a stale group (learner steps) over the reuse: what suits R²VPO and GRPO alike."""
+MAX_AGE = 16
+"""Largest age of a stale group (learner steps): what suits R²VPO and GRPO alike."""
 REUSES = (16,)
 """More reuse than in the main comparison."""
 BEYOND = ("decoupled clip", "GSPO")
@@ -92,7 +92,7 @@ def on_policy(scale: Scale, task: str) -> Setting:
 
 def with_replay(scale: Scale, task: str, *, reuse: int = REUSE) -> Setting:
     """The common settings of runs with replay: the same reuse for every method."""
-    return Setting(task=task, iterations=scale.replay_iterations, reuse=reuse, max_age=AGES_PER_USE * reuse)
+    return Setting(task=task, iterations=scale.replay_iterations, reuse=reuse, max_age=MAX_AGE)
 
 
 def grid(scale: Scale, base: Setting, method: Method) -> list[Setting]:

@@ -24,6 +24,9 @@ OBJECTIVES = (
 ADVANTAGES = ("mean_std", "mean", "leave_one_out", "batch_whitened")
 """Names of the advantages."""
 
+BRAKES = ("asymmetric", "saturating", "gated", "everywhere")
+"""Names of what λ does to a token that has moved."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
@@ -47,8 +50,10 @@ class AlgorithmConfig:
     """Floor of λ under `dual: bounded`."""
     lambda_max: float = 1.5
     """Ceiling of λ under `dual: bounded`; λ pinned here means that the budget is infeasible."""
-    gate: bool = True
-    """Brake only tokens that run away where their advantage pushes them; false brakes all that have moved."""
+    brake: str = "asymmetric"
+    """How λ brakes a token: `gated`: only where it moves as its advantage pushes it; beyond the point where it has no
+    gradient left it is pulled back. `asymmetric`: there a token that has risen is let go, and only one that has fallen
+    is pulled back; `saturating`: both are let go. `everywhere`: every token that has moved."""
     step_control: bool | None = None
     """Hold the mean of V at delta by scaling the step size; null means on for `r2vpo` and `r2vpo_sequence`."""
     end_early: bool | None = None
@@ -77,6 +82,7 @@ class AlgorithmConfig:
 
     def __post_init__(self) -> None:
         require.one_of("algorithm.name", self.name, OBJECTIVES)
+        require.one_of("algorithm.brake", self.brake, BRAKES)
         require.one_of("algorithm.dual", self.dual, ("bounded", "additive", "fixed"))
         require.one_of("algorithm.advantage", self.advantage, ADVANTAGES)
         require.one_of("algorithm.loss_mean", self.loss_mean, ("token", "sequence", "constant"))

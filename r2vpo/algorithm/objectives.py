@@ -54,21 +54,28 @@ def needs_proximal(trajectory: Trajectory, step: int) -> bool:
     return trajectory.num_trained_tokens > 0 and trajectory.oldest_version < step
 
 
-def r2vpo(tokens: TokenBatch, denominator: float, lam: float | Tensor, *, gated: bool, weight_cap: float) -> Tensor:
+def r2vpo(tokens: TokenBatch, denominator: float, lam: float | Tensor, *, brake: str, weight_cap: float) -> Tensor:
     """Ratio-variance regularised loss, decoupled: ``-(1/denominator) Σ c·(w·u·A - λ·g·(u - 1)²)``, a scalar.
 
     The gradient weight of a token, d(-loss)/d(logp)·denominator, is ``c·u·(w·A - 2·λ·g·(u - 1))``: a soft brake that
-    is zero at u* = 1 + w·A / (2·λ) and pulls back beyond it. The gate g, a constant, is 1, or with ``gated``
-    1[A·(u - 1) > 0]: like a clip it brakes only tokens that move where their advantage pushes them.
+    is zero at u* = 1 + w·A / (2·λ). The gate g, a constant, is 1[A·(u - 1) > 0]: like a clip it brakes only tokens
+    that move where their advantage pushes them. ``brake`` says what happens beyond u*:
+
+    - ``asymmetric``: a token that has risen (A > 0) is let go: its gain keeps the value that it has at u*, its
+      largest, and it has no gradient. One that has fallen is pulled back: its penalty grows on. Upwards that pull
+      would grow like u², downwards it is λ/2 at most;
+    - ``saturating``: both are let go;
+    - ``gated``: both are pulled back;
+    - ``everywhere``: the same, with g = 1 for all tokens.
 
     Source: the Lagrangian of max E[w·u·A] subject to E[(u - 1)²] ≤ δ, after arXiv 2601.03320 (estimators are our own).
     """
-    gain_N = _braked(tokens, update_excess(tokens), reweighting(tokens, weight_cap), lam, gated)
+    gain_N = _braked(tokens, update_excess(tokens), reweighting(tokens, weight_cap), lam, brake)
     return loss(tokens, gain_N, denominator)
 
 
 def r2vpo_sequence(
-    tokens: TokenBatch, denominator: float, lam: float | Tensor, *, gated: bool, weight_cap: float
+    tokens: TokenBatch, denominator: float, lam: float | Tensor, *, brake: str, weight_cap: float
 ) -> Tensor:
     """`r2vpo` on length-normalised sequence ratios: u and w are exp of the mean log-ratio over the trajectory.
 
@@ -79,7 +86,7 @@ def r2vpo_sequence(
     Source: as `r2vpo`, on the ratio of GSPO, arXiv 2507.18071.
     """
     excess_N = excess(trajectory_mean(tokens, tokens.logp_N - tokens.logp_prox_N.detach()))
-    gain_N = _braked(tokens, excess_N, sequence_reweighting(tokens, weight_cap), lam, gated)
+    gain_N = _braked(tokens, excess_N, sequence_reweighting(tokens, weight_cap), lam, brake)
     return loss(tokens, gain_N, denominator)
 
 
@@ -122,10 +129,10 @@ def loss_denominator(config: AlgorithmConfig, num_tokens: int, num_trajectories:
 def _objective(config: AlgorithmConfig) -> Objective:
     """The objective with its settings, for a plain sum over tokens."""
     clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
-    cap, gated = {"weight_cap": config.weight_cap}, config.gate
+    cap, brake = {"weight_cap": config.weight_cap}, config.brake
     named: dict[str, Objective] = {
-        "r2vpo": partial(r2vpo, gated=gated, **cap),
-        "r2vpo_sequence": partial(r2vpo_sequence, gated=gated, **cap),
+        "r2vpo": partial(r2vpo, brake=brake, **cap),
+        "r2vpo_sequence": partial(r2vpo_sequence, brake=brake, **cap),
         "grpo": partial(grpo, **clip),
         "grpo_decoupled": partial(grpo_decoupled, **clip, **cap),
         "gspo": partial(gspo, **clip),
@@ -139,9 +146,16 @@ def _objective(config: AlgorithmConfig) -> Objective:
     return named[config.name]
 
 
-def _braked(tokens: TokenBatch, excess_N: Tensor, weight_N: Tensor, lam: float | Tensor, gated: bool) -> Tensor:
-    """``w·(1 + x)·A - λ·g·x²`` for x = u - 1."""
-    penalty_N = excess_N.square()
-    if gated:
-        penalty_N = penalty_N * (tokens.advantage_N * excess_N.detach() > 0)
-    return weight_N * tokens.advantage_N * (1 + excess_N) - lam * penalty_N
+def _braked(tokens: TokenBatch, excess_N: Tensor, weight_N: Tensor, lam: float | Tensor, brake: str) -> Tensor:
+    """``w·(1 + x)·A - λ·g·x²`` for x = u - 1, where tokens are let go for x no farther than its maximum."""
+    push_N = weight_N * tokens.advantage_N
+    if brake == "everywhere":
+        return push_N * (1 + excess_N) - lam * excess_N.square()
+    x_N = excess_N.detach()
+    runs_away_N = tokens.advantage_N * x_N > 0
+    if brake != "gated":
+        is_let_go_N = runs_away_N & (2 * lam * x_N.abs() > push_N.abs())
+        if brake == "asymmetric":
+            is_let_go_N &= x_N > 0
+        excess_N = torch.where(is_let_go_N, push_N / (2 * lam), excess_N)
+    return push_N * (1 + excess_N) - lam * runs_away_N * excess_N.square()

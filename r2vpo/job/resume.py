@@ -49,7 +49,7 @@ ASKED = frozenset(
         "model": "trust_remote_code",
         "task": "prompt_field truth_field prompt_template chat reward",
         "algorithm": (
-            "name delta dual dual_rate lambda_init lambda_min lambda_max gate step_control end_early weight_cap "
+            "name delta dual dual_rate lambda_init lambda_min lambda_max brake step_control end_early weight_cap "
             "clip_low clip_high tau_positive tau_negative m2_limit advantage loss_mean loss_length"
         ),
         "rollout": "group_size max_tokens temperature top_p top_k min_p max_model_len dtype",

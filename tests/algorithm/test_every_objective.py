@@ -12,7 +12,7 @@ from r2vpo.algorithm.config import AlgorithmConfig
 from r2vpo.algorithm.objectives import objective, r2vpo, second_moment_sum
 from r2vpo.algorithm.rivals import cispo, grpo, plain_is, sapo, spo
 from r2vpo.algorithm.tokens import TokenBatch
-from tests.algorithm.token_batches import ALL, OVER_TRAJECTORIES, gain_gradient, make_tokens, values
+from tests.algorithm.token_batches import ALL, GATED, OVER_TRAJECTORIES, gain_gradient, make_tokens, values
 
 U = [0.7, 0.9, 1.1, 1.4, 1.1, 0.95]
 W = [0.5, 1.3, 5.0, 1.0, 1.0, 0.8]
@@ -22,7 +22,10 @@ KEEP = [True, False, True, True, False, True]
 
 STOPPED = ("cispo", "truncated_is")
 """Their gradient is not that of their value: the ratio is a constant weight of logp."""
-OF_VALUE_A = ("r2vpo", "r2vpo_gated", "r2vpo_sequence", "grpo", "grpo_decoupled", "gspo", "spo", "m2po", "plain_is")
+OF_VALUE_A = (
+    *("r2vpo", *GATED, "r2vpo_sequence"),
+    *("grpo", "grpo_decoupled", "gspo", "spo", "m2po", "plain_is"),
+)
 """Those whose loss at u = 1 and lag 0 is the mean of -A."""
 
 
@@ -46,7 +49,7 @@ def test_gradients_match_finite_differences(name, losses):
     assert torch.autograd.gradcheck(lambda logp_N: losses[name](with_logp(fixed, logp_N), 3.0, 0.6), (fixed.logp_N,))
 
 
-@pytest.mark.parametrize("name", ["r2vpo_gated", "r2vpo_sequence_gated"])
+@pytest.mark.parametrize("name", GATED)
 def test_gated_gradients_match_finite_differences(name):
     fixed = make_tokens(U, w=W, advantage=ADVANTAGE, sequence=SEQUENCE)
     assert torch.autograd.gradcheck(lambda logp_N: ALL[name](with_logp(fixed, logp_N), 3.0, 0.6), (fixed.logp_N,))
@@ -166,7 +169,7 @@ def test_draws_of_weight_1_are_bit_for_bit_those_without_a_weight(name, dtype):
 
 
 def loss_named(name, **settings):
-    return objective(AlgorithmConfig(name=name, **settings, gate=False))
+    return objective(AlgorithmConfig(name=name, **settings, brake="everywhere"))
 
 
 ON_POLICY = {"w": 1.0}
@@ -180,7 +183,7 @@ MILD = {"u": [0.85, 1.1, 1.15, 0.95, 1.0, 1.19], "w": 1.0}
     [
         pytest.param(lambda t, n, _: loss_named("r2vpo")(t, n, 0.0), plain_is, STALE, id="r2vpo, λ = 0: plain IS"),
         pytest.param(
-            lambda t, n, _: r2vpo(t, n, t.advantage_N.abs() / (2 * 0.3), gated=False, weight_cap=2.0),
+            lambda t, n, _: r2vpo(t, n, t.advantage_N.abs() / (2 * 0.3), brake="everywhere", weight_cap=2.0),
             lambda t, n, lam: spo(t, n, lam, clip=0.3),
             ON_POLICY,
             id="r2vpo, λ = |A|/2ε: SPO",

@@ -20,8 +20,17 @@ from r2vpo.algorithm.objectives import objective
     ],
 )
 def test_the_gradient_weight_by_ratio(name, expected):
-    loss = objective(AlgorithmConfig(name=name, gate=False))
+    loss = objective(AlgorithmConfig(name=name, brake="everywhere"))
     assert gradient_weight(loss, [0.5, 1.0, 1.1, 1.5, 2.0, 2.5], 1.0, lam=0.5) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_brake_lets_go_above_and_pulls_back_below():
+    # λ = 0.5: u* = 2; A = -1: u·(-1 - (u - 1)) = -u², zero at u* = 0 alone
+    loss = objective(AlgorithmConfig())
+    assert gradient_weight(loss, [0.5, 1.1, 1.5, 2.0, 2.5], 1.0, lam=0.5) == pytest.approx([0.5, 0.99, 0.75, 0.0, 0.0])
+    assert gradient_weight(loss, [0.5, 0.1, 1.1], -1.0, lam=0.5) == pytest.approx([-0.25, -0.01, -1.1])
+    # λ = 2: u* = 0.75; beyond it 0.5·(-1 + 4·0.5)
+    assert gradient_weight(loss, [0.5], -1.0, lam=2.0) == pytest.approx([0.5])
 
 
 def test_lambda_sets_where_the_weight_is_zero():

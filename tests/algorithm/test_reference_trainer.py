@@ -237,15 +237,15 @@ def test_the_scale_of_a_step_multiplies_the_next_learning_rate(make_batch, make_
     assert (model.table - Bigram().table).abs().max().item() == pytest.approx(0.02, rel=1e-3)
 
 
-def test_the_gate_can_be_left_out(make_batch, make_trajectory):
+def test_the_brake_can_be_chosen(make_batch, make_trajectory):
     groups = [sample_group(Bigram(), make_trajectory, [1.0, 0.0], seed=g) for g in range(2)]
 
     def losses(**settings):
         trainer = make_trainer(Bigram(), algorithm=AlgorithmConfig(**settings), minibatches=2, lr=0.1)
         return trainer.step(make_batch(groups))["losses"]
 
-    assert losses() == losses(gate=True)
-    assert losses() != losses(gate=False)
+    assert losses() == losses(brake="asymmetric")
+    assert losses() != losses(brake="everywhere")
 
 
 def test_the_seed_decides_the_minibatches(make_batch, make_trajectory):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from r2vpo.algorithm.config import OBJECTIVES, AlgorithmConfig
+from r2vpo.algorithm.config import BRAKES, OBJECTIVES, AlgorithmConfig
 from r2vpo.algorithm.objectives import objective
 from r2vpo.algorithm.tokens import TokenBatch
 
-ALL = {name: objective(AlgorithmConfig(name=name, gate=False)) for name in OBJECTIVES}
-ALL["r2vpo_gated"] = objective(AlgorithmConfig(name="r2vpo"))
-ALL["r2vpo_sequence_gated"] = objective(AlgorithmConfig(name="r2vpo_sequence"))
+ALL = {name: objective(AlgorithmConfig(name=name, brake="everywhere")) for name in OBJECTIVES}
+GATED = tuple(f"{name}_{brake}" for name in ("r2vpo", "r2vpo_sequence") for brake in BRAKES[:-1])
+for name in GATED:
+    the_name, _, brake = name.rpartition("_")
+    ALL[name] = objective(AlgorithmConfig(name=the_name, brake=brake))
 """The objectives with default settings, as a sum over tokens."""
 
 OVER_TRAJECTORIES = {
-    name: objective(AlgorithmConfig(name=name, loss_mean="sequence", gate=False)) for name in OBJECTIVES
+    name: objective(AlgorithmConfig(name=name, loss_mean="sequence", brake="everywhere")) for name in OBJECTIVES
 }
 """The same as a sum over trajectories of their token means."""
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import subprocess
+from contextlib import asynccontextmanager
 from itertools import pairwise
 
 import numpy as np
@@ -172,6 +173,32 @@ async def test_an_engine_that_generates_no_token_ends_the_worker_although_its_pr
     await until(lambda: len(world.engine.probes) >= 2)
     assert set(world.engine.probes) == {5.0}
     assert not world.run.done()
+    world.engine.is_wedged = True
+    with pytest.raises(EngineFailed, match="no token for 5 s"):
+        await world.ended()
+    assert world.store.released == ["0.1"]
+
+
+async def test_an_engine_that_is_stopped_in_the_middle_of_a_load_ends_the_worker_though_it_never_resumes(
+    world, monkeypatch
+):
+    @asynccontextmanager
+    async def paused():
+        try:
+            yield
+        finally:
+            await asyncio.Event().wait()  # the answer to "resume"
+
+    async def load(updates, *, version):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("rollout.worker.LET_GO_S", 0.01)
+    world.engine.gate.clear()
+    await world.start(1)
+    await until(lambda: len(world.engine.requests) == 1)
+    world.engine.paused, world.engine.load = paused, load
+    await world.weights.publish(1)
+    await settle()
     world.engine.is_wedged = True
     with pytest.raises(EngineFailed, match="no token for 5 s"):
         await world.ended()

@@ -70,7 +70,7 @@ def _gradient_weights(path: Path) -> None:
 
 
 def _learning_curves(found: Results, path: Path) -> None:
-    figure, axes = plt.subplots(1, len(TASKS), figsize=(9, 3.4))
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(10.5, 3.4))
     for axis, task in zip(axes, TASKS, strict=True):
         for name in MAIN:
             for base, style in ((on_policy(found.scale, task), ":"), (with_replay(found.scale, task), "-")):
@@ -78,7 +78,7 @@ def _learning_curves(found: Results, path: Path) -> None:
                 if curves:
                     _band(axis, curves, name, style, label=f"{name}{'' if style == '-' else ', on-policy'}")
         axis.set(title=task, xlabel="thousand rollouts", ylabel="sampled accuracy")
-    axes[0].legend(frameon=False, fontsize=7, loc="lower right")
+    axes[-1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.0))
     _save(figure, path)
 
 

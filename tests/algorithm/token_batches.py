@@ -8,12 +8,16 @@ from r2vpo.algorithm.config import BRAKES, OBJECTIVES, AlgorithmConfig
 from r2vpo.algorithm.objectives import objective
 from r2vpo.algorithm.tokens import TokenBatch
 
-ALL = {name: objective(AlgorithmConfig(name=name, brake="everywhere")) for name in OBJECTIVES}
-GATED = tuple(f"{name}_{brake}" for name in ("r2vpo", "r2vpo_sequence") for brake in BRAKES[:-1])
-for name in GATED:
-    the_name, _, brake = name.rpartition("_")
-    ALL[name] = objective(AlgorithmConfig(name=the_name, brake=brake))
-"""The objectives with default settings, as a sum over tokens."""
+GATED = {
+    f"{name}_{brake}": objective(AlgorithmConfig(name=name, brake=brake))
+    for name in ("r2vpo", "r2vpo_sequence")
+    for brake in BRAKES
+    if brake != "everywhere"
+}
+"""R²VPO with every brake that has a gate."""
+
+ALL = {name: objective(AlgorithmConfig(name=name, brake="everywhere")) for name in OBJECTIVES} | GATED
+"""The objectives with default settings but for the brake, as a sum over tokens."""
 
 OVER_TRAJECTORIES = {
     name: objective(AlgorithmConfig(name=name, loss_mean="sequence", brake="everywhere")) for name in OBJECTIVES
